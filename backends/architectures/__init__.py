@@ -1,0 +1,21 @@
+"""What is known about model architectures, as data: one small file per family.
+
+`find` gives the Architecture of a live network by class name, base classes included. Cache and
+offload read the stacks, sequence parallel reads the tokens, attention reads the block ids. The
+drift guard (`drift`) asserts what the data claims against the live model, so that a rename in
+ComfyUI fails loudly. No torch calls at import.
+"""
+
+from .data import Architecture, Carry, Notes, Stack, drift, stack_blocks
+from .table import ARCHITECTURES, find
+
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "Carry",
+    "Notes",
+    "Stack",
+    "drift",
+    "find",
+    "stack_blocks",
+]

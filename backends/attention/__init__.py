@@ -1,0 +1,1 @@
+"""Attention: which kernel answers which call, and the report of it."""

@@ -1,0 +1,1 @@
+"""One file per kernel; `KERNELS` in table.py lists them."""

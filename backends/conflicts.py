@@ -1,0 +1,53 @@
+"""One pure table: which features refuse each other, and the sentence shown before sampling starts.
+
+Our techniques appear under their names, ComfyUI's and other packs' features under the names that
+`host.features` gives them. A pair that is not listed composes.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+class ConflictError(ValueError):
+    """Two features on one MODEL that cannot work together."""
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """`first` and `second` refuse each other; `sentence` says what to change."""
+
+    first: str
+    second: str
+    sentence: str
+
+
+CONFLICTS: tuple[Conflict, ...] = (
+    Conflict(
+        "cache",
+        "easycache",
+        "Slipstream Cache and EasyCache both skip steps: remove one of them.",
+    ),
+    Conflict(
+        "cache",
+        "lazycache",
+        "Slipstream Cache and LazyCache both skip steps: remove one of them.",
+    ),
+    Conflict(
+        "cache",
+        "teacache",
+        "Slipstream Cache and TeaCache both skip steps: remove one of them.",
+    ),
+)
+
+
+def refusals(features: Iterable[str]) -> list[str]:
+    """The sentence of every conflict whose two sides are both among `features`."""
+    present = set(features)
+    return [c.sentence for c in CONFLICTS if c.first in present and c.second in present]
+
+
+def check(features: Iterable[str]) -> None:
+    """Raise ConflictError with all sentences if any two `features` refuse each other."""
+    sentences = refusals(features)
+    if sentences:
+        raise ConflictError(" ".join(sentences))

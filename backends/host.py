@@ -1,0 +1,85 @@
+"""The only engine module that touches ComfyUI: what a patcher carries, the device, versions, files.
+
+Everything imports ComfyUI when called, so that the engine works on a stand-in without it. Facts
+about ComfyUI hold for 0.33; a private name is probed, never assumed.
+"""
+
+import importlib.metadata
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Wrapper key -> feature name of conflicts.py: other caches mark themselves by these keys.
+_WRAPPER_FEATURES = {
+    "easycache": "easycache",
+    "lazycache": "lazycache",
+    "teacache": "teacache",
+    "torch.compile": "torch_compile",
+}
+
+
+def diffusion_model(patcher: Any) -> torch.nn.Module:
+    """The network of a MODEL, for example comfy.ldm.flux.model.Flux."""
+    return patcher.model.diffusion_model
+
+
+def wrapper_keys(patcher: Any) -> set[str]:
+    """Keys of all wrappers on a MODEL: on the patcher, and in its transformer_options."""
+    options = patcher.model_options.get("transformer_options", {})
+    kinds = [*patcher.wrappers.values(), *options.get("wrappers", {}).values()]
+    return {key for by_key in kinds for key, wrappers in by_key.items() if wrappers and key}
+
+
+def features(patcher: Any) -> set[str]:
+    """Features of ComfyUI and other packs on this MODEL, by the names of conflicts.py."""
+    found = {_WRAPPER_FEATURES[k] for k in wrapper_keys(patcher) if k in _WRAPPER_FEATURES}
+    options = patcher.model_options.get("transformer_options", {})
+    if "easycache" in options:  # LazyCache keeps its holder under the same key
+        found.add("easycache")
+    if "rel_l1_thresh" in options or "enable_teacache" in options:
+        found.add("teacache")
+    if getattr(patcher, "additional_models", {}).get("multigpu"):
+        found.add("multigpu_cfg_split")
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Versions that a report needs: ComfyUI, torch and, where installed, the kernel packages."""
+    found = {"torch": torch.__version__}
+    if torch.version.cuda and torch.cuda.is_available():
+        found["cuda"] = torch.version.cuda
+    comfy = sys.modules.get("comfyui_version")
+    if comfy is None and "comfy" in sys.modules:
+        try:
+            import comfyui_version as comfy  # type: ignore[import-not-found,no-redef]
+        except ImportError:
+            comfy = None
+    if comfy is not None:
+        found["comfyui"] = comfy.__version__
+    for package in ("comfy-kitchen", "sageattention", "flash-attn", "xformers", "cache-dit"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def user_folder() -> Path | None:
+    """ComfyUI's user folder, where measurements are kept between starts; None outside ComfyUI."""
+    if "comfy" not in sys.modules:
+        return None
+    try:
+        import folder_paths  # type: ignore[import-not-found]
+    except ImportError:
+        return None
+    return Path(folder_paths.get_user_directory())
+
+
+def show_text(text: str, node_id: str | None) -> None:
+    """Show text on a node while its prompt runs; does nothing without a server."""
+    server = sys.modules.get("server")
+    instance = getattr(getattr(server, "PromptServer", None), "instance", None)
+    if instance is not None and node_id is not None:
+        instance.send_progress_text(text, node_id)

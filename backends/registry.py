@@ -1,0 +1,60 @@
+"""Named implementations with capabilities, and the one rule that picks among them.
+
+A candidate says why it is not installed (`available`) and why it cannot take a request
+(`ineligible`); `select` returns the first that can, with the reason of every one passed over.
+The same sentences go to the log, the report and the tests.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
+
+R_contra = TypeVar("R_contra", contravariant=True)
+
+
+class Candidate(Protocol[R_contra]):
+    """One implementation. Reasons are sentences that start with the fact and end with the fix."""
+
+    @property
+    def id(self) -> str: ...
+
+    def available(self) -> str | None: ...
+
+    def ineligible(self, request: R_contra) -> str | None: ...
+
+
+C = TypeVar("C")
+
+
+@dataclass(frozen=True)
+class Choice(Generic[C]):
+    """The candidate picked, and candidate id -> reason for those that stood before it."""
+
+    candidate: C
+    rejected: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """No candidate fits: candidate id -> reason, in the order they were asked."""
+
+    reasons: dict[str, str]
+
+    def __str__(self) -> str:
+        return "; ".join(f"{name}: {reason}" for name, reason in self.reasons.items())
+
+
+def reason_against(candidate: Candidate[R_contra], request: R_contra) -> str | None:
+    """Why `candidate` cannot take `request` on this machine, or None."""
+    return candidate.available() or candidate.ineligible(request)
+
+
+def select(candidates: Iterable[C], request: object) -> "Choice[C] | Refusal":
+    """The first candidate that is available and eligible; never raises for an unusable one."""
+    rejected: dict[str, str] = {}
+    for candidate in candidates:
+        reason = reason_against(candidate, request)  # type: ignore[arg-type]
+        if reason is None:
+            return Choice(candidate, rejected)
+        rejected[candidate.id] = reason  # type: ignore[attr-defined]
+    return Refusal(rejected)

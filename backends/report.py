@@ -1,0 +1,134 @@
+"""From finished runs to text and JSON (schema 1); figures are described here and drawn in picture.py.
+
+A technique contributes a Section. A technique that is not on the MODEL is absent from the JSON.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+SCHEMA = 1
+_NUM_PROBES = 64
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Rows x columns of categories: what each layer (row) did in each step (column).
+
+    cells[row][column] is a key of `legend` or None (nothing happened there); legend maps a
+    category to the words shown beside its colour, in order of importance.
+    """
+
+    title: str
+    row_labels: tuple[str, ...]
+    column_labels: tuple[str, ...]
+    cells: tuple[tuple[str | None, ...], ...]
+    legend: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A value per evaluation with the threshold it was held against; `marks` are reused ones."""
+
+    title: str
+    xs: tuple[float, ...]
+    ys: tuple[float | None, ...]
+    threshold: float | None
+    marks: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class Section:
+    """One technique's part of a report: its JSON object, its lines of text, its figures."""
+
+    json: dict[str, Any]
+    lines: tuple[str, ...] = ()
+    figures: tuple[Grid | Curve, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """A finished sampling run. Holds no tensors, so it may outlive the run."""
+
+    id: int
+    num_steps: int
+    num_evaluations: int
+    num_calls: int
+    seconds: float
+    device: str
+    model: str
+    versions: dict[str, str]
+    completed: bool
+    notes: dict[str, int]
+    sections: dict[str, Section]
+    result: tuple[float, ...] = field(repr=False, default=())
+
+    def made(self, print_: Sequence[float]) -> bool:
+        """Whether a latent with this fingerprint is the result of this run."""
+        if not self.result or len(print_) != len(self.result):
+            return False
+        scale = max(max(abs(x) for x in self.result), 1e-6)
+        # A latent may have been cast to 16 bits on its way (bf16 keeps 8 bits of mantissa).
+        return all(abs(a - b) <= 0.01 * scale for a, b in zip(print_, self.result, strict=True))
+
+    def summary(self) -> str:
+        """One line for the log."""
+        parts = [section.lines[0] for section in self.sections.values() if section.lines]
+        run = f"run {self.id}: {self.num_steps} steps, {self.seconds:.2f} s"
+        return "; ".join([f"Slipstream {run}", *parts])
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON contract, schema 1."""
+        run = {
+            "id": self.id,
+            "steps": self.num_steps,
+            "evaluations": self.num_evaluations,
+            "model_calls": self.num_calls,
+            "seconds": round(self.seconds, 4),
+            "device": self.device,
+            "model": self.model,
+            "completed": self.completed,
+            "versions": self.versions,
+            "notes": self.notes,
+        }
+        sections = {name: section.json for name, section in self.sections.items()}
+        return {"schema": SCHEMA, "run": run, **sections}
+
+    def to_text(self) -> str:
+        """A few lines that fit on a node."""
+        per_step = self.seconds / self.num_steps if self.num_steps else 0.0
+        ended = "" if self.completed else ", did not finish"
+        head = (
+            f"Run {self.id}: {self.model} on {self.device}, {self.num_steps} steps "
+            f"({self.num_evaluations} evaluations), {self.seconds:.2f} s, "
+            f"{per_step:.3f} s per step{ended}"
+        )
+        lines = [head]
+        for section in self.sections.values():
+            lines.extend(section.lines)
+        lines.extend(note if n == 1 else f"{note} ({n} times)" for note, n in self.notes.items())
+        return "\n".join(lines)
+
+
+def to_json_text(record: RunRecord) -> str:
+    """The JSON contract as indented text."""
+    return json.dumps(record.to_json(), indent=2, ensure_ascii=False)
+
+
+def fingerprint(samples: torch.Tensor) -> tuple[float, ...]:
+    """Evenly spaced values of a latent: enough to tell which run made it, after a cast too.
+
+    samples: [B, ...] of any dtype, or ComfyUI's NestedTensor (parts are laid end to end, as
+    ComfyUI packs them for sampling). NaN becomes 0.
+    """
+    parts = samples.unbind() if getattr(samples, "is_nested", False) else (samples,)
+    flat = torch.cat([part.detach().flatten(1) for part in parts], 1).flatten()
+    count = flat.numel()
+    if count == 0:
+        return ()
+    picks = torch.arange(min(_NUM_PROBES, count), device=flat.device) * count // _NUM_PROBES
+    values = flat[picks.clamp(max=count - 1)].float().nan_to_num().cpu()
+    return tuple(values.tolist())

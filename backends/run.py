@@ -1,0 +1,327 @@
+"""Run: one sampling run, from OUTER_SAMPLE to its end.
+
+The Run is the only place that counts steps and evaluations and that keeps state between model
+calls. It travels in the guider's own copy of `transformer_options`, so nothing survives on the
+MODEL but a log of finished runs without tensors. Techniques are attached with `attach` and get
+one state object per run (`Technique.start`), which is closed when the run ends, however it ends.
+
+Order of ComfyUI's hooks (0.33): outer_sample > predict_noise (one evaluation) > apply_model.
+"""
+
+import itertools
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+from . import conflicts, host
+from .report import RunRecord, Section, fingerprint
+
+TECHNIQUES = "slipstream"  # transformer_options key: technique name -> Technique
+RUN = "slipstream.run"  # transformer_options key while sampling; also our wrappers' key
+CALL = "slipstream.call"  # transformer_options key during one model call
+LOG = "slipstream.log"  # attachment: RunLog, shared by the clones of a patched MODEL
+
+log = logging.getLogger("slipstream")
+_run_ids = itertools.count(1)
+
+
+@runtime_checkable
+class State(Protocol):
+    """What one technique keeps for one run."""
+
+    def section(self) -> Section:
+        """The technique's part of the report; called once, when sampling is over."""
+
+    def close(self) -> None:
+        """Drop every tensor and hook; called also after an exception or an interrupt."""
+
+
+class Technique(Protocol):
+    """An immutable configuration that was attached to a MODEL."""
+
+    @property
+    def name(self) -> str: ...
+
+    def start(self, run: "Run") -> State: ...
+
+
+@dataclass(frozen=True)
+class BranchKey:
+    """Which conditionings a model call serves, apart from the other calls of its evaluation.
+
+    uuids: of the conds in the batch; occurrence: how often they came before in this evaluation
+    (skip-layer guidance calls again with the same); window: frame indices of a context window.
+    """
+
+    uuids: tuple[Any, ...]
+    occurrence: int
+    window: tuple[int, ...] | None
+
+
+@dataclass
+class ModelCall:
+    """One call of the model within an evaluation. `index` counts calls over the whole run."""
+
+    index: int
+    step: int
+    evaluation: int
+    key: BranchKey
+    cond_or_uncond: tuple[int, ...]  # 0 = cond, 1 = uncond, per chunk of the batch
+    num_blocks: int | None = None  # set by whoever decides which blocks run
+    skipped_blocks: frozenset[int] = frozenset()  # indices over all stacks, in execution order
+
+    def next_blocks(self, after: int) -> Iterator[int]:
+        """Indices of the blocks behind `after` that will run in this call, as far as decided."""
+        for index in range(after + 1, self.num_blocks or 0):
+            if index not in self.skipped_blocks:
+                yield index
+
+
+@dataclass
+class RunLog:
+    """The records of the latest runs of a patched MODEL and its clones; no tensors."""
+
+    records: deque[RunRecord] = field(default_factory=lambda: deque(maxlen=32))
+
+    def add(self, record: RunRecord) -> None:
+        self.records.append(record)
+
+    def latest(self) -> RunRecord | None:
+        return self.records[-1] if self.records else None
+
+    def of_latent(self, samples: torch.Tensor) -> RunRecord | None:
+        """The newest record whose result is `samples`, or None (edited latent, other model)."""
+        print_ = fingerprint(samples)
+        return next((r for r in reversed(self.records) if r.made(print_)), None)
+
+
+class Run:
+    """One sampling run: sigmas, step, evaluation, branch keys, technique states, notes."""
+
+    def __init__(self, patcher: Any, sigmas: torch.Tensor, techniques: dict[str, Technique]):
+        self.id = next(_run_ids)
+        self.patcher = patcher
+        self.sigmas: tuple[float, ...] = tuple(float(s) for s in sigmas)
+        self.step = self.evaluation = -1
+        self.num_calls = 0
+        self.sigma = float("nan")
+        self.notes: dict[str, int] = {}  # sentence -> how often
+        self.states: dict[str, State] = {}
+        self.disabled = tuple(n for n in techniques if n in disabled_techniques())
+        self._techniques = {n: t for n, t in techniques.items() if n not in self.disabled}
+        self._occurrences: dict[tuple[Any, ...], int] = {}
+        self._lock = threading.Lock()  # core's MultiGPU CFG split calls the model from threads
+        self._started = time.perf_counter()
+
+    @property
+    def num_steps(self) -> int:
+        return max(len(self.sigmas) - 1, 0)
+
+    @property
+    def is_last_step(self) -> bool:
+        return self.step >= self.num_steps - 1
+
+    def start(self) -> None:
+        """Check conflicts, then start every technique in the order it was attached."""
+        conflicts.check(self._techniques.keys() | host.features(self.patcher))
+        for name in self.disabled:
+            self.note(f"{name} is off: SLIPSTREAM_DISABLE names it")
+        for name, technique in self._techniques.items():
+            self.states[name] = technique.start(self)
+
+    def note(self, sentence: str) -> None:
+        """Record something the user should know; logged the first time, counted after."""
+        count = self.notes.get(sentence, 0)
+        self.notes[sentence] = count + 1
+        if count == 0:
+            log.info("%s", sentence)
+
+    def begin_evaluation(self, sigma: float) -> None:
+        """One PREDICT_NOISE. `step` is the last one whose sigma is not below `sigma`."""
+        self.evaluation += 1
+        self.sigma = sigma
+        self.step = step_of(sigma, self.sigmas)
+        with self._lock:
+            self._occurrences.clear()
+
+    def begin_call(self, options: dict[str, Any]) -> ModelCall:
+        """A ModelCall for one APPLY_MODEL with these transformer_options."""
+        uuids = tuple(options.get("uuids") or ())
+        window = getattr(options.get("context_window"), "index_list", None)
+        with self._lock:
+            occurrence = self._occurrences.get((uuids, _frames(window)), 0)
+            self._occurrences[(uuids, _frames(window))] = occurrence + 1
+            index = self.num_calls
+            self.num_calls += 1
+        return ModelCall(
+            index=index,
+            step=self.step,
+            evaluation=self.evaluation,
+            key=BranchKey(uuids, occurrence, _frames(window)),
+            cond_or_uncond=tuple(options.get("cond_or_uncond") or ()),
+        )
+
+    def finish(self, samples: torch.Tensor | None) -> RunRecord:
+        """The record of this run. `samples`: what OUTER_SAMPLE returned, None if it raised."""
+        if samples is not None and not _is_finite(samples):
+            self.note("The result contains NaN or infinite values: the picture will be black")
+        sections = {name: state.section() for name, state in self.states.items()}
+        return RunRecord(
+            id=self.id,
+            num_steps=self.num_steps,
+            num_evaluations=self.evaluation + 1,
+            num_calls=self.num_calls,
+            seconds=time.perf_counter() - self._started,
+            device=str(getattr(self.patcher, "load_device", "cpu")),
+            model=type(host.diffusion_model(self.patcher)).__name__,
+            versions=host.versions(),
+            completed=samples is not None,
+            notes=dict(self.notes),
+            sections=sections,
+            result=fingerprint(samples) if samples is not None else (),
+        )
+
+    def close(self) -> None:
+        """Close every state; the first error is raised after all were closed."""
+        errors = []
+        for state in self.states.values():
+            try:
+                state.close()
+            except Exception as error:  # re-raised below, when all the others are closed
+                errors.append(error)
+        self.states.clear()
+        self.patcher = None
+        if errors:
+            raise errors[0]
+
+
+def step_of(sigma: float, sigmas: tuple[float, ...]) -> int:
+    """Index of the step that evaluates at `sigma`, 0 .. len(sigmas) - 2.
+
+    Sigmas fall over a run; a second evaluation between two of them (heun, SDE) belongs to the
+    step whose sigma is the nearest at or above it.
+    """
+    last = max(len(sigmas) - 2, 0)
+    tolerance = 1e-4 * max(abs(sigma), 1e-6)
+    return max((i for i, s in enumerate(sigmas[: last + 1]) if s + tolerance >= sigma), default=0)
+
+
+def disabled_techniques() -> set[str]:
+    """Names in SLIPSTREAM_DISABLE, a comma-separated list."""
+    return {n.strip() for n in os.environ.get("SLIPSTREAM_DISABLE", "").split(",") if n.strip()}
+
+
+def current(options: dict[str, Any] | None) -> Run | None:
+    """The Run that these transformer_options belong to, if any."""
+    return options.get(RUN) if options else None
+
+
+def attach(patcher: Any, technique: Technique) -> None:
+    """Put `technique` on `patcher` (a clone of the caller's), replacing an earlier one."""
+    options = patcher.model_options.setdefault("transformer_options", {})
+    options.setdefault(TECHNIQUES, {})[technique.name] = technique
+    if patcher.get_attachment(LOG) is None:
+        patcher.set_attachments(LOG, RunLog())
+    # Added once and never moved: wrappers run in the order of their keys, ours around the others'.
+    for kind, wrapper in (
+        ("outer_sample", outer_sample),
+        ("predict_noise", predict_noise),
+        ("apply_model", apply_model),
+    ):
+        if not patcher.get_wrappers(kind, RUN):
+            patcher.add_wrapper_with_key(kind, RUN, wrapper)
+
+
+def attached(patcher: Any) -> dict[str, Technique]:
+    """Technique name -> Technique of a patched MODEL."""
+    return dict(patcher.model_options.get("transformer_options", {}).get(TECHNIQUES, {}))
+
+
+def run_log(patcher: Any) -> RunLog | None:
+    """The log of a patched MODEL, or None if none of our techniques is on it."""
+    return patcher.get_attachment(LOG)
+
+
+def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    """OUTER_SAMPLE wrapper: makes the Run, and ends it whatever happens."""
+    guider = executor.class_obj
+    options = guider.model_options["transformer_options"]  # the guider's copy for this sample()
+    sigmas = kwargs["sigmas"] if "sigmas" in kwargs else args[3]
+    run = Run(guider.model_patcher, sigmas, options.get(TECHNIQUES, {}))
+    options[RUN] = run
+    run_records = guider.model_patcher.get_attachment(LOG)
+    samples = None
+    try:
+        run.start()
+        samples = executor(*args, **kwargs)
+        return samples
+    finally:
+        options.pop(RUN, None)
+        try:
+            record = run.finish(samples)
+            if run_records is not None:
+                run_records.add(record)
+            if record.num_evaluations:
+                log.info("%s", record.summary())
+        finally:
+            run.close()
+
+
+def predict_noise(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    """PREDICT_NOISE wrapper: one evaluation."""
+    run = current(executor.class_obj.model_options.get("transformer_options"))
+    if run is not None:
+        timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
+        run.begin_evaluation(float(timestep.flatten()[0]))
+    return executor(*args, **kwargs)
+
+
+def apply_model(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    """APPLY_MODEL wrapper: numbers the model call and puts it into the call's own options."""
+    options = call_options(args, kwargs)
+    run = current(options)
+    if run is None:
+        return executor(*args, **kwargs)
+    assert options is not None
+    call = run.begin_call(options)
+    with replaced_options(args, kwargs, {**options, CALL: call}) as (new_args, new_kwargs):
+        return executor(*new_args, **new_kwargs)
+
+
+def call_options(args: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """transformer_options of an APPLY_MODEL or DIFFUSION_MODEL call, by keyword or position."""
+    options = kwargs.get("transformer_options")
+    if isinstance(options, dict):
+        return options
+    return next((a for a in args if isinstance(a, dict) and RUN in a), None)
+
+
+@contextmanager
+def replaced_options(
+    args: Any, kwargs: dict[str, Any], options: dict[str, Any]
+) -> Iterator[tuple[list[Any], dict[str, Any]]]:
+    """The same call with other transformer_options; the call leaves `options` when it ends."""
+    old = call_options(args, kwargs)
+    try:
+        if kwargs.get("transformer_options") is old:
+            yield list(args), {**kwargs, "transformer_options": options}
+        else:
+            yield [options if a is old else a for a in args], kwargs
+    finally:
+        options.pop(CALL, None)
+
+
+def _frames(window: Any) -> tuple[int, ...] | None:
+    return None if window is None else tuple(window)
+
+
+def _is_finite(samples: torch.Tensor) -> bool:
+    return bool(torch.isfinite(samples).all())

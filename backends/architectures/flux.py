@@ -10,10 +10,6 @@ STACKS = (
 )
 
 ARCHITECTURES = (
-    Architecture(
-        class_name="Flux", name="Flux", stacks=STACKS, notes=Notes(in_place=True)
-    ),
-    Architecture(
-        class_name="Chroma", name="Chroma", stacks=STACKS, notes=Notes(in_place=True)
-    ),
+    Architecture(class_name="Flux", name="Flux", stacks=STACKS, notes=Notes(in_place=True)),
+    Architecture(class_name="Chroma", name="Chroma", stacks=STACKS, notes=Notes(in_place=True)),
 )

@@ -1,0 +1,1 @@
+"""What a user can run: measurements, the reference model, and the parts behind `./run`."""

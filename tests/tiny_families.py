@@ -5,7 +5,6 @@ ComfyUI's detection accepts; for the others detection hard-codes widths, so that
 hold a small one. Facts: ComfyUI 0.33, comfy/model_detection.py.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any

@@ -4,13 +4,23 @@ A technique contributes a Section. A technique that is not on the MODEL is absen
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 SCHEMA = 1
+NO_TECHNIQUE = (
+    "No Slipstream node is on this MODEL: connect the MODEL that the sampler used, "
+    "behind the Slipstream nodes."
+)
+NO_RUN = "This MODEL has not been sampled yet: connect the LATENT that its sampler made."
+OTHER_LATENT = (
+    "The latent matches no recorded run of this MODEL (it was changed after sampling, or another "
+    "MODEL made it): this is the latest run."
+)
 _NUM_PROBES = 64
 
 
@@ -113,9 +123,54 @@ class RunRecord:
         return "\n".join(lines)
 
 
-def to_json_text(record: RunRecord) -> str:
-    """The JSON contract as indented text."""
-    return json.dumps(record.to_json(), indent=2, ensure_ascii=False)
+class Log(Protocol):
+    """The runs of a MODEL, newest last (run.RunLog)."""
+
+    def latest(self) -> RunRecord | None: ...
+
+    def of_latent(self, samples: torch.Tensor) -> RunRecord | None: ...
+
+
+@dataclass(frozen=True)
+class Report:
+    """What can be said about a latent and a MODEL: a run, a remark about the match, or both."""
+
+    record: RunRecord | None
+    remark: str = ""
+
+    @property
+    def text(self) -> str:
+        parts = [self.remark, self.record.to_text() if self.record else ""]
+        return "\n".join(part for part in parts if part)
+
+    def to_json(self) -> dict[str, Any]:
+        """The run's JSON contract; without a run, `run` is null. `remark` only if there is one."""
+        json_ = self.record.to_json() if self.record else {"schema": SCHEMA, "run": None}
+        return {**json_, "remark": self.remark} if self.remark else json_
+
+    @property
+    def json_text(self) -> str:
+        """Indented JSON that any parser reads: NaN and infinities become null."""
+        return json.dumps(_finite(self.to_json()), indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def report_on(log: Log | None, samples: torch.Tensor) -> Report:
+    """The run in `log` that made `samples`, else the latest with a remark, else a sentence."""
+    if log is None:
+        return Report(None, NO_TECHNIQUE)
+    record = log.of_latent(samples)
+    if record is not None:
+        return Report(record)
+    latest = log.latest()
+    return Report(latest, OTHER_LATENT) if latest else Report(None, NO_RUN)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def fingerprint(samples: torch.Tensor) -> tuple[float, ...]:
@@ -129,6 +184,7 @@ def fingerprint(samples: torch.Tensor) -> tuple[float, ...]:
     count = flat.numel()
     if count == 0:
         return ()
-    picks = torch.arange(min(_NUM_PROBES, count), device=flat.device) * count // _NUM_PROBES
-    values = flat[picks.clamp(max=count - 1)].float().nan_to_num().cpu()
+    num_probes = min(_NUM_PROBES, count)
+    picks = torch.arange(num_probes, device=flat.device) * count // num_probes
+    values = flat[picks].float().nan_to_num().cpu()
     return tuple(values.tolist())

@@ -1,0 +1,14 @@
+"""The pack's nodes. A new node is one import and one line in NODES; its id never changes."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from .report import SlipstreamReport
+
+NODES: list[type[io.ComfyNode]] = [
+    SlipstreamReport,
+]
+
+
+class SlipstreamExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES

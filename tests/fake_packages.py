@@ -1,0 +1,33 @@
+"""Optional packages that are installed and cannot be imported, as a mismatched wheel is."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+# Kernel packages and other optional imports of the pack that ComfyUI does not need itself.
+OPTIONAL = (
+    "cache_dit",
+    "diffusers",
+    "flash_attn",
+    "flash_attn_interface",
+    "nunchaku",
+    "ray",
+    "sageattention",
+    "sageattn3",
+    "spas_sage_attn",
+    "xformers",
+)
+# ComfyUI 0.33 imports these at start (comfy/ldm/modules/attention.py) and expects ImportError only.
+COMFYUI_DIES_OF = {"flash_attn", "sageattention", "sageattn3"}
+ERRORS = ("ImportError", "OSError", "RuntimeError")
+
+
+def broken_packages(folder: Path, error: str, names: Iterable[str] = OPTIONAL) -> Path:
+    """A folder for PYTHONPATH in which importing any of `names` raises `error`."""
+    root = folder / f"broken-{error}"
+    for name in names:
+        package = root / name
+        package.mkdir(parents=True)
+        (package / "__init__.py").write_text(
+            f'raise {error}("undefined symbol: a faked broken {name}")\n'
+        )
+    return root

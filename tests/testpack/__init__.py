@@ -1,0 +1,7 @@
+"""Nodes that only tests need; never shipped."""
+
+
+async def comfy_entrypoint():
+    from .nodes import TestPackExtension
+
+    return TestPackExtension()

@@ -1,0 +1,111 @@
+"""Constant conditioning, tiny models without a file, and a digest of a latent."""
+
+import functools
+import hashlib
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from comfy_api.latest import ComfyExtension, io, ui
+
+CATEGORY = "slipstream/testing"
+TESTS = Path(__file__).resolve().parents[1]
+
+
+@functools.cache
+def tiny() -> ModuleType:
+    """tests/tiny.py with its neighbours. The tests folder is on sys.path for the import only."""
+    sys.path.insert(0, str(TESTS))
+    try:
+        import tiny
+    finally:
+        sys.path.remove(str(TESTS))
+    return tiny
+
+
+class SlipstreamTestConditioning(io.ComfyNode):
+    """Seeded random text: saves every server test a random CLIP-L of 246 MB."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SlipstreamTestConditioning",
+            display_name="Test Conditioning",
+            category=CATEGORY,
+            is_dev_only=True,
+            inputs=[
+                io.Int.Input("tokens", default=8, min=1, max=1024),
+                io.Int.Input("dim", default=768, min=1, max=16384),
+                io.Int.Input("seed", default=0, min=0, max=2**31),
+            ],
+            outputs=[io.Conditioning.Output()],
+        )
+
+    @classmethod
+    def execute(cls, tokens: int, dim: int, seed: int) -> io.NodeOutput:
+        generator = torch.Generator().manual_seed(seed)
+        pooled = torch.randn(1, 768, generator=generator)
+        text = torch.randn(1, tokens, dim, generator=generator)
+        return io.NodeOutput([[text, {"pooled_output": pooled}]])
+
+
+class SlipstreamTestModel(io.ComfyNode):
+    """A tiny model, for families whose detection accepts no small file too."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        families = sorted((*tiny().FAMILIES, *tiny().IN_MEMORY))
+        return io.Schema(
+            node_id="SlipstreamTestModel",
+            display_name="Test Model",
+            category=CATEGORY,
+            is_dev_only=True,
+            inputs=[
+                io.Combo.Input("family", options=families),
+                io.Int.Input("heads", default=1, min=1, max=16),
+                io.Int.Input("seed", default=0, min=0, max=2**31),
+            ],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def execute(cls, family: str, heads: int, seed: int) -> io.NodeOutput:
+        return io.NodeOutput(tiny().load(family, heads=heads, seed=seed))
+
+
+class SlipstreamTestDigest(io.ComfyNode):
+    """What a latent is, bit for bit: equality over the API without downloading files."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SlipstreamTestDigest",
+            display_name="Test Digest",
+            category=CATEGORY,
+            is_dev_only=True,
+            is_output_node=True,
+            inputs=[io.Latent.Input("samples")],
+            outputs=[io.String.Output()],
+        )
+
+    @classmethod
+    def execute(cls, samples: dict) -> io.NodeOutput:
+        latent = samples["samples"]
+        parts = latent.unbind() if latent.is_nested else [latent]
+        whole = hashlib.sha256()
+        for part in parts:
+            whole.update(part.detach().float().cpu().contiguous().numpy().tobytes())
+        text = (
+            f"{whole.hexdigest()[:16]} shape={[tuple(part.shape) for part in parts]} "
+            f"finite={all(bool(torch.isfinite(part).all()) for part in parts)} "
+            f"std={parts[0].std():.4f}"
+        )
+        return io.NodeOutput(text, ui=ui.PreviewText(text))
+
+
+class TestPackExtension(ComfyExtension):
+    """The nodes above."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [SlipstreamTestConditioning, SlipstreamTestModel, SlipstreamTestDigest]

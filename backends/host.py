@@ -6,6 +6,7 @@ about ComfyUI hold for 0.33; a private name is probed, never assumed.
 
 import importlib.metadata
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,29 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def device_name(device: torch.device) -> str:
+    """The accelerator's product name, or the device type."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return device.type
+
+
+def attention_function(name: str | None) -> Callable[..., torch.Tensor] | None:
+    """ComfyUI's attention function of this name (None: the one of this process), or None."""
+    if "comfy" not in sys.modules:
+        return None
+    from comfy.ldm.modules import attention
+
+    function = getattr(attention, name or "optimized_attention", None)
+    return getattr(function, "__wrapped__", function) if name else function
+
+
+def qualified_name(function: Any) -> str:
+    """module.qualname of a function or of an object's class, for reports."""
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def user_folder() -> Path | None:

@@ -15,7 +15,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -292,8 +291,8 @@ def apply_model(executor: Any, *args: Any, **kwargs: Any) -> Any:
         return executor(*args, **kwargs)
     assert options is not None
     call = run.begin_call(options)
-    with replaced_options(args, kwargs, {**options, CALL: call}) as (new_args, new_kwargs):
-        return executor(*new_args, **new_kwargs)
+    new_args, new_kwargs = with_options(args, kwargs, {**options, CALL: call})
+    return executor(*new_args, **new_kwargs)
 
 
 def call_options(args: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
@@ -304,19 +303,14 @@ def call_options(args: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
     return next((a for a in args if isinstance(a, dict) and RUN in a), None)
 
 
-@contextmanager
-def replaced_options(
+def with_options(
     args: Any, kwargs: dict[str, Any], options: dict[str, Any]
-) -> Iterator[tuple[list[Any], dict[str, Any]]]:
-    """The same call with other transformer_options; the call leaves `options` when it ends."""
+) -> tuple[list[Any], dict[str, Any]]:
+    """The arguments of the same call with other transformer_options."""
     old = call_options(args, kwargs)
-    try:
-        if kwargs.get("transformer_options") is old:
-            yield list(args), {**kwargs, "transformer_options": options}
-        else:
-            yield [options if a is old else a for a in args], kwargs
-    finally:
-        options.pop(CALL, None)
+    if kwargs.get("transformer_options") is old:
+        return list(args), {**kwargs, "transformer_options": options}
+    return [options if a is old else a for a in args], kwargs
 
 
 def _frames(window: Any) -> tuple[int, ...] | None:

@@ -1,0 +1,129 @@
+"""Attention inside compiled graphs: a custom op whose decision is taken when the graph runs.
+
+torch.compile freezes what traced Python decides, and one graph serves every clone of a model and
+every model of the same class (torch 2.11: weights are graph inputs, and ComfyUI 0.33 filters the
+guards on transformer_options), so a graph must name neither a run nor a model. The op therefore
+carries only the call; which run answers is looked up by device at run time, where `bound` put it
+for the duration of one model call. An unbound op computes the default function.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+
+from .. import host
+from .kernels.table import KERNELS
+from .layout import read_call, write_output
+
+# The one table that compiled graphs can reach; an entry exists only while a model call runs.
+_bound: dict[torch.device, Any] = {}
+
+
+@contextmanager
+def bound(device: torch.device, call: Any) -> Iterator[None]:
+    """Compiled graphs running on `device` ask `call` (a BoundCall) within this context."""
+    before = _bound.get(device)
+    _bound[device] = call
+    try:
+        yield
+    finally:
+        if before is None:
+            _bound.pop(device, None)
+        else:
+            _bound[device] = before
+
+
+@cache
+def register() -> None:
+    """Make torch.ops.slipstream.attention exist. Called when a node is applied, not at import."""
+    op = torch.library.custom_op("slipstream::attention", _attention, mutates_args=())
+    op.register_fake(_attention_shape)
+
+
+def _attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    heads: int,
+    skip_reshape: bool,
+    skip_output_reshape: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    low_precision: bool,
+    attn_precision: torch.dtype | None,
+    block_type: str,
+    block_index: int,
+    default_name: str,
+) -> torch.Tensor:
+    options: dict[str, Any] = {"low_precision_attention": low_precision}
+    if scale is not None:
+        options["scale"] = scale
+    if enable_gqa:
+        options["enable_gqa"] = True
+    layout: dict[str, Any] = {
+        "skip_reshape": skip_reshape,
+        "skip_output_reshape": skip_output_reshape,
+        "attn_precision": attn_precision,
+    }
+    function = host.attention_function(default_name) or _plain
+    call = _bound.get(q.device)
+
+    def default() -> torch.Tensor:
+        previous = call.owner.previous if call is not None else None
+        if previous is not None:
+            return previous(function, q, k, v, heads, mask=mask, **layout, **options)
+        return function(q, k, v, heads, mask=mask, **layout, **options)
+
+    if call is None:
+        out = default()
+    else:
+        ids = {"block_type": block_type, "block_index": block_index} if block_type else {}
+        key = call.key(q, k, mask, skip_reshape, ids, options)
+        out = call.attend(
+            key, function, q, k, v, heads, mask, skip_reshape, skip_output_reshape, options, default
+        )
+    out = out.contiguous()
+    return out.clone() if out.untyped_storage().data_ptr() == q.untyped_storage().data_ptr() else out
+
+
+def _attention_shape(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    heads: int,
+    skip_reshape: bool,
+    skip_output_reshape: bool,
+    *rest: Any,
+) -> torch.Tensor:
+    """Shape [B,Nq,H*Dv], or [B,H,Nq,Dv] with skip_output_reshape; contiguous."""
+    batch, tokens = (q.shape[0], q.shape[2]) if q.ndim == 4 else (q.shape[0], q.shape[1])
+    if v.ndim == 4:
+        head_dim = v.shape[-1]
+    else:
+        head_dim = v.shape[-1] // heads
+    if skip_output_reshape:
+        return q.new_empty((batch, heads, tokens, head_dim))
+    return q.new_empty((batch, tokens, heads * head_dim))
+
+
+def _plain(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    heads: int,
+    mask: torch.Tensor | None = None,
+    skip_reshape: bool = False,
+    skip_output_reshape: bool = False,
+    **options: Any,
+) -> torch.Tensor:
+    """ComfyUI's default is not to be had by name (a graph of another process): exact attention."""
+    views = read_call(
+        q, k, v, heads, mask=mask, skip_reshape=skip_reshape,
+        enable_gqa=options.get("enable_gqa", False), scale=options.get("scale"),
+    )  # fmt: skip
+    return write_output(views.run(KERNELS["math"]), skip_output_reshape=skip_output_reshape)

@@ -1,0 +1,102 @@
+"""The `optimized_attention_override` on a MODEL: static, stateless, chained to the one it found.
+
+It finds the run's BoundCall in the model call's own transformer_options; without one (a model
+that is called outside a sampling run) it is transparent.
+"""
+
+from typing import Any
+
+import torch
+
+from .. import host
+from .dispatch import Attention, BoundCall, block_id
+
+BOUND = "slipstream.attention.call"  # transformer_options key: the BoundCall of this model call
+
+
+class Override:
+    """Takes the calls a kernel answers; hands the others to `previous`, else to ComfyUI's."""
+
+    def __init__(self, previous: Attention | None):
+        self.previous = previous
+
+    def __call__(
+        self,
+        func: Attention,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        heads: int,
+        mask: torch.Tensor | None = None,
+        attn_precision: Any = None,
+        skip_reshape: bool = False,
+        skip_output_reshape: bool = False,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        options = kwargs.get("transformer_options") or {}
+        if torch.compiler.is_compiling():
+            return self._traced(
+                func, q, k, v, heads, mask, attn_precision, skip_reshape, skip_output_reshape,
+                options, kwargs,
+            )  # fmt: skip
+        call: BoundCall | None = options.get(BOUND)
+
+        def default() -> torch.Tensor:
+            previous, inside = self.previous, call is not None and call.inside
+            if previous is None:
+                return func(
+                    q, k, v, heads, mask=mask, attn_precision=attn_precision,
+                    skip_reshape=skip_reshape, skip_output_reshape=skip_output_reshape, **kwargs,
+                )  # fmt: skip
+            if call is not None:
+                call.inside = True
+            try:
+                return previous(
+                    func, q, k, v, heads, mask=mask, attn_precision=attn_precision,
+                    skip_reshape=skip_reshape, skip_output_reshape=skip_output_reshape, **kwargs,
+                )  # fmt: skip
+            finally:
+                if call is not None:
+                    call.inside = inside
+
+        if call is None or call.inside:
+            return default()
+        key = call.key(q, k, mask, skip_reshape, options, kwargs)
+        return call.attend(
+            key, func, q, k, v, heads, mask, skip_reshape, skip_output_reshape, kwargs, default
+        )
+
+    def _traced(
+        self,
+        func: Attention,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        heads: int,
+        mask: torch.Tensor | None,
+        attn_precision: torch.dtype | None,
+        skip_reshape: bool,
+        skip_output_reshape: bool,
+        options: dict[str, Any],
+        kwargs: dict[str, Any],
+    ) -> torch.Tensor:
+        block_type, index = block_id(options) or ("", 0)
+        return torch.ops.slipstream.attention(
+            q, k, v, mask, heads, skip_reshape, skip_output_reshape, kwargs.get("scale"),
+            kwargs.get("enable_gqa", False),
+            kwargs.get("low_precision_attention", True) is not False, attn_precision,
+            block_type, index, func.__name__,
+        )  # fmt: skip
+
+    def container_function(self, q: Any, k: Any, v: Any, heads: int, **kwargs: Any) -> Any:
+        """MiniMax-H3's calls: q, k, v in containers that their consumer empties early.
+
+        A call that is known to be ComfyUI's own keeps its containers; the others are unpacked.
+        """
+        function = host.attention_function(None)
+        assert function is not None
+        options = kwargs.get("transformer_options") or {}
+        call: BoundCall | None = options.get(BOUND)
+        if self.previous is None and (call is None or call.declines(q.peek(), k.peek(), kwargs)):
+            return function(q, k, v, heads, **kwargs)
+        return self(function, q.take(), k.take(), v.take(), heads, **kwargs)

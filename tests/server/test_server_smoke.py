@@ -32,7 +32,10 @@ def flux_prompt(*, seed: int, steps: int = 2) -> dict:
             "class_type": "UNETLoader",
             "inputs": {"unet_name": "tiny_flux.safetensors", "weight_dtype": "default"},
         },
-        "text": {"class_type": "SlipstreamTestConditioning", "inputs": {"seed": 1}},
+        "text": {
+            "class_type": "SlipstreamTestConditioning",
+            "inputs": {"tokens": 8, "dim": 768, "seed": 1},
+        },
         "latent": {
             "class_type": "EmptySD3LatentImage",
             "inputs": {"width": 128, "height": 128, "batch_size": 1},

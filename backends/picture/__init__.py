@@ -15,7 +15,6 @@ from .curve import draw_curve
 from .grid import draw_grid
 
 MAX_NOTES = 5
-_NAME_WIDTH = 200  # column of the techniques' names
 
 
 def draw(report: Report) -> Any:
@@ -66,22 +65,22 @@ def _header(record: RunRecord) -> Any:
 
 
 def _techniques(record: RunRecord) -> Any:
-    """One row per technique: its name, and the first line it has to say."""
-    rows = []
-    for name, section in record.sections.items():
-        text = section.lines[0] if section.lines else "reported nothing"
-        for prefix in (f"{name}: ", f"{name.capitalize()}: "):
-            text = text.removeprefix(prefix)
-        rows.append((name, canvas.wrap(text, canvas.BODY, canvas.INNER - _NAME_WIDTH, 3)))
-    if not rows:
-        return _paragraph("No technique was active in this run.", canvas.MUTED)
-    image, pen = canvas.sheet(sum(38 * len(lines) + 16 for _, lines in rows) + 36)
+    """One row per technique: the first line it has to say, what stands before the colon apart."""
+    said = [section.lines[0] for section in record.sections.values() if section.lines]
+    if not said:
+        return _paragraph("No technique had anything to report in this run.", canvas.MUTED)
+    rows = [line.partition(": ") if ": " in line else ("", "", line) for line in said]
+    labels = [canvas.fit(head, canvas.BODY, 420) for head, _, _ in rows]
+    left = canvas.MARGIN + max(canvas.width_of(label, canvas.BODY) for label in labels)
+    left += 40 if any(labels) else 0
+    room = canvas.WIDTH - canvas.MARGIN - left
+    wrapped = [canvas.wrap(rest, canvas.BODY, room, 3) for _, _, rest in rows]
+    image, pen = canvas.sheet(sum(38 * len(lines) + 16 for lines in wrapped) + 36)
     y = 28
-    for name, lines in rows:
-        label = canvas.fit(name, canvas.BODY, _NAME_WIDTH - 20)
+    for label, lines in zip(labels, wrapped, strict=True):
         canvas.write(pen, canvas.MARGIN, y, label, canvas.BODY, canvas.MUTED)
         for line in lines:
-            canvas.write(pen, canvas.MARGIN + _NAME_WIDTH, y, line, canvas.BODY)
+            canvas.write(pen, left, y, line, canvas.BODY)
             y += 38
         y += 16
     return image

@@ -1,4 +1,4 @@
-"""From finished runs to text and JSON (schema 1); figures are described here and drawn in picture.py.
+"""From finished runs to text and JSON (schema 1); figures are described here, drawn in picture/.
 
 A technique contributes a Section. A technique that is not on the MODEL is absent from the JSON.
 """

@@ -2,7 +2,7 @@
 
 `load(family)` gives a fresh ModelPatcher: through a file and ComfyUI's detection where a small
 file can exist (FAMILIES), else built in memory (IN_MEMORY). Random weights compare mechanisms,
-never image quality. Needs a ComfyUI, not pytest. Sizes: tiny_families.py.
+never image quality. Needs a ComfyUI, not pytest. Sizes: tiny_image.py, tiny_video.py.
 """
 
 import functools
@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import comfy_home
+import tiny_image
+import tiny_video
 import torch
-from tiny_families import FAMILIES as ALL
-from tiny_families import Family
+from tiny_family import Family
 
+ALL = tiny_image.FAMILIES | tiny_video.FAMILIES
 FAMILIES = tuple(name for name, family in ALL.items() if family.in_file)
 IN_MEMORY = tuple(name for name, family in ALL.items() if not family.in_file)
 
@@ -47,8 +49,9 @@ def write(folder: Path, family: str, *, heads: int = 1, seed: int = 0) -> Path:
     patcher = in_memory(_config_class(one), one.unet(heads), seed)
     weights = patcher.model.diffusion_model.state_dict()
     metadata = None
-    if one.metadata is not None:
-        metadata = {"config": json.dumps({"transformer": one.metadata(heads)})}
+    if one.metadata:
+        named = {key: one.unet(heads)[key] for key in one.metadata}
+        metadata = {"config": json.dumps({"transformer": named})}
     path = Path(folder) / f"tiny_{family}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({one.prefix + k: v.contiguous() for k, v in weights.items()}, path, metadata=metadata)
@@ -64,6 +67,7 @@ def in_memory(config_class: Any, unet_config: dict[str, Any], seed: int = 0) -> 
     import comfy.model_patcher
 
     config = config_class(dict(unet_config))
+    config.unet_config.update(unet_config)  # over the class's own unet_extra_config
     config.set_inference_dtype(torch.float32, None)
     model = config.get_model({}, "")
     model.diffusion_model.load_state_dict(fill(model.diffusion_model, seed))
@@ -113,6 +117,7 @@ def text(family: str, *, tokens: int = 8, seed: int = 1) -> list[Any]:
         return torch.randn(1, *shape, generator=generator)
 
     extra: dict[str, Any] = {name: randn(*shape) for name, shape in one.extra.items()}
+    extra |= {name: [randn(*shape)] for name, shape in one.lists.items()}
     if one.mask:  # LTX: an integer mask; a float one would be taken as an additive bias
         extra["attention_mask"] = torch.ones(1, tokens, dtype=torch.long)
     return [[randn(tokens, one.text_dim), {"pooled_output": randn(one.pooled), **extra}]]

@@ -1,0 +1,9 @@
+"""What a user is told about a file or a choice that cannot be used."""
+
+
+class CheckpointError(ValueError):
+    """A model file that cannot be used, in one sentence: what is wrong, where, what to do."""
+
+
+class BackendError(ValueError):
+    """A backend that was asked for and cannot run here, in one sentence with the fix."""

@@ -66,7 +66,8 @@ def load_pack(alias: str = "slipstream") -> ModuleType:
     spec = importlib.util.spec_from_file_location(
         alias, PACK_ROOT / "__init__.py", submodule_search_locations=[str(PACK_ROOT)]
     )
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[alias] = module
     spec.loader.exec_module(module)

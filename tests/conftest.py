@@ -1,5 +1,6 @@
 """Loads the pack once as `slipstream`; fixtures for the tiers that need a ComfyUI."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import comfy_home
@@ -8,6 +9,8 @@ import torch
 
 comfy_home.load_pack()
 torch.set_num_threads(2)
+
+MODEL_FILES = ("flux", "wan")  # <models>/diffusion_models/tiny_<family>.safetensors
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -19,9 +22,33 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def comfy():
+def comfy() -> Path:
     """ComfyUI in this process; skips without one."""
     root = comfy_home.in_process()
     if root is None:
         pytest.skip(comfy_home.NOT_FOUND)
     return root
+
+
+@pytest.fixture(scope="session")
+def models(comfy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A models folder: tiny Flux and Wan for UNETLoader, "taef1" for VAELoader."""
+    import tiny
+
+    folder = tmp_path_factory.mktemp("models")
+    for family in MODEL_FILES:
+        tiny.write(folder / "diffusion_models", family)
+    tiny.write_preview_vae(folder / "vae_approx", "taef1", latent_channels=16)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server(models: Path) -> Iterator["isolated_server.Server"]:  # noqa: F821 - imported when used
+    """A running ComfyUI with our pack, the test pack and `models`: one for the whole session.
+
+    Vary the seed between prompts that must both run: ComfyUI answers equal ones from its cache.
+    """
+    import isolated_server
+
+    with isolated_server.isolated_server(models=models) as running:
+        yield running

@@ -14,8 +14,8 @@ from ..report import Section
 from ..run import ModelCall, Run
 from .config import AttentionConfig, AttentionError
 from .kernels.base import APPROXIMATE, Kernel
-from .layout import read_call, request_of, write_output
-from .plan import DEFAULT, Entry, Planner, Views
+from .layout import Views, read_call, request_of, write_output
+from .plan import DEFAULT, Entry, Planner
 from .policy import BlockNumbers, Schedule, order
 from .request import BlockKey
 from .section import section_of

@@ -69,7 +69,7 @@ def _attention(
         "skip_output_reshape": skip_output_reshape,
         "attn_precision": attn_precision,
     }
-    function = host.attention_function(default_name) or _plain
+    function = host.attention_function(default_name) or attention_plain
     call = _bound.get(q.device)
 
     def default() -> torch.Tensor:
@@ -111,7 +111,7 @@ def _attention_shape(
     return q.new_empty((batch, tokens, heads * head_dim))
 
 
-def _plain(
+def attention_plain(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -126,4 +126,6 @@ def _plain(
         q, k, v, heads, mask=mask, skip_reshape=skip_reshape,
         enable_gqa=options.get("enable_gqa", False), scale=options.get("scale"),
     )  # fmt: skip
-    return write_output(views.run(KERNELS["math"]), skip_output_reshape=skip_output_reshape)
+    out = KERNELS["math"].run(views.q, views.k, views.v, mask=views.mask, scale=views.scale)
+    assert isinstance(out, torch.Tensor)
+    return write_output(out, skip_output_reshape=skip_output_reshape)

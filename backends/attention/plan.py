@@ -12,6 +12,7 @@ import torch
 
 from .config import AttentionConfig
 from .kernels.base import Kernel
+from .layout import Views
 from .policy import ON_CPU, closed, filter_kernels
 from .probe import Verdict, probe
 from .request import BlockKey, Request
@@ -44,22 +45,6 @@ class Entry:
     @property
     def calls(self) -> int:
         return sum(self.answers.values())
-
-
-@dataclass(frozen=True)
-class Views:
-    """One call as kernels take it: q [B,H,Nq,D], k and v [B,Hkv,Nk,D], mask for [B,H,Nq,Nk]."""
-
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    mask: torch.Tensor | None
-    scale: float | None
-
-    def run(self, kernel: Kernel) -> torch.Tensor:
-        out = kernel.run(self.q, self.k, self.v, mask=self.mask, scale=self.scale)
-        assert isinstance(out, torch.Tensor)
-        return out
 
 
 class Planner:
@@ -101,7 +86,9 @@ class Planner:
             if not default_is_exact and (shut or self.config.policy == "exact"):
                 return entry, self._try(entry, self.last_resort, views, probe_now=False)
             entry.refused = bool(rejected) or shut is None
-            self._summarise(entry, request)
+            if request.device_type != "cuda" and self.config.policy != "manual":
+                entry.reasons = {"shut": shut} if shut else {}
+                entry.reasons[DEFAULT] = ON_CPU.format(request.device_type)
             return entry, None
         best_exact, approximate = self._rank(
             entry, approximate, exact, views, default, default_is_exact=default_is_exact
@@ -118,11 +105,6 @@ class Planner:
         out = self._try(entry, best_exact, views, probe_now=False)
         entry.refused = out is None
         return entry, out
-
-    def _summarise(self, entry: Entry, request: Request) -> None:
-        """On a CPU one sentence says it all, unless a kernel was asked for by name."""
-        if request.device_type != "cuda" and self.config.policy != "manual" and entry.reasons:
-            entry.reasons = {DEFAULT: ON_CPU.format(request.device_type)}
 
     def _try(
         self, entry: Entry, kernel: Kernel, views: Views, *, probe_now: bool
@@ -149,7 +131,7 @@ class Planner:
         A CUDA error that leaves the context dead is re-raised: nothing can be computed after it.
         """
         try:
-            return views.run(kernel)
+            return _run(kernel, views)
         except torch.cuda.OutOfMemoryError:
             why = f"{kernel.id} ran out of memory"
         except Exception as error:  # third-party kernels raise anything; it goes to the report
@@ -208,7 +190,7 @@ class Planner:
             return known
         if isinstance(self.answer(kernel, views), str):
             return None
-        ms = measure_ms(lambda: views.run(kernel), device)
+        ms = measure_ms(lambda: _run(kernel, views), device)
         self.timings.put(request, kernel.id, ms)
         return ms
 
@@ -232,6 +214,12 @@ class Planner:
                 f"{entry.kernel.id} failed the accuracy check ({why})"
             )
         return why is None
+
+
+def _run(kernel: Kernel, views: Views) -> torch.Tensor:
+    out = kernel.run(views.q, views.k, views.v, mask=views.mask, scale=views.scale)
+    assert isinstance(out, torch.Tensor)
+    return out
 
 
 def _slower(kernel_id: str, ms: float, other: str, other_ms: float) -> str:

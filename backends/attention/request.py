@@ -29,10 +29,10 @@ class Request:
 
     device_type: torch's; capability: CUDA compute capability or None; is_hip: ROCm, which torch
     shows as cuda with SM-shaped capabilities; dtype: torch's name without the prefix; batch,
-    heads, kv_heads, q_tokens, k_tokens, head_dim: sizes; mask: none, bool or bias; has_scale: a
-    scale other than head_dim ** -0.5; low_precision: the caller allows it; want_lse: the caller
-    needs the log-sum-exp; dense: the schedule wants an exact kernel here; capturing: inside a
-    CUDA graph capture.
+    heads, kv_heads, q_tokens, k_tokens, head_dim: sizes; value_dim: head_dim of v, None if the
+    same; mask: none, bool or bias; has_scale: a scale other than head_dim ** -0.5; low_precision:
+    the caller allows it; want_lse: the caller needs the log-sum-exp; dense: the schedule wants an
+    exact kernel here; capturing: inside a CUDA graph capture.
     """
 
     device_type: str
@@ -43,6 +43,7 @@ class Request:
     q_tokens: int
     k_tokens: int
     head_dim: int
+    value_dim: int | None = None
     capability: tuple[int, int] | None = None
     is_hip: bool = False
     mask: str = MASK_NONE

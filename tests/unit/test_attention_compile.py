@@ -68,7 +68,7 @@ def test_schedule_and_counters_survive_compilation():
     model = compiled(patched(kernel, fake(), dense_first_steps=1, dense_last_steps=1))
     for _ in range(2):
         sample(model, NOISE, steps=4)
-        assert calls(model) == {"comfyui:sdpa": 8, "quick": 8}
+        assert calls(model) == {"comfyui:plain": 8, "quick": 8}
     layers = run_log(model).latest().to_json()["attention"]["layers"]
     assert [layer["block"] for layer in layers] == [
         "double/0", "double/0.1", "double/1", "double/1.1"

@@ -2,9 +2,11 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from .attention import SlipstreamAttention
 from .report import SlipstreamReport
 
 NODES: list[type[io.ComfyNode]] = [
+    SlipstreamAttention,
     SlipstreamReport,
 ]
 

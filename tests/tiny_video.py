@@ -51,6 +51,11 @@ FAMILIES = {
         audio_inject_layers=[0, 2],
         extra={"audio_embed": (16, 35)},
     ),
+    "wan_humo": wan(
+        "humo", "WAN21_HuMo", in_file=False, in_dim=36, extra={"audio_embed": (2, 8, 5, 1280)}
+    ),
+    "wan_animate": wan("animate", "WAN22_Animate", in_file=False, in_dim=36, num_layers=5),
+    "wan_causal": wan("t2v", "WAN21_CausalAR_T2V", in_file=False),
     "wan_animate2": wan("animate2", "WAN_Animate2", in_file=False, in_dim=36),
     "hunyuan_video": Family(
         config="HunyuanVideo",

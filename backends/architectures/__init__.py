@@ -6,16 +6,32 @@ drift guard (`drift`) asserts what the data claims against the live model, so th
 ComfyUI fails loudly. No torch calls at import.
 """
 
-from .data import Architecture, Carry, Notes, Stack, drift, stack_blocks
+from .binding import Binding
+from .data import (
+    JOIN_CAT,
+    JOIN_SKIP,
+    Architecture,
+    Carry,
+    Notes,
+    Stack,
+    called_modules,
+    stack_blocks,
+)
+from .drift import drift, inconsistencies
 from .table import ARCHITECTURES, find
 
 __all__ = [
     "ARCHITECTURES",
+    "JOIN_CAT",
+    "JOIN_SKIP",
     "Architecture",
+    "Binding",
     "Carry",
     "Notes",
     "Stack",
+    "called_modules",
     "drift",
     "find",
+    "inconsistencies",
     "stack_blocks",
 ]

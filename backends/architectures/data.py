@@ -1,27 +1,39 @@
-"""The vocabulary of an architecture file, and the checks of one against a live network."""
+"""The vocabulary of an architecture file, and the lookup of the live blocks it names.
 
-import inspect
+An Architecture says, as data, what ComfyUI's own forward does with its blocks: which lists it
+walks, how it passes hidden states, what it puts into transformer_options. Nothing here runs a
+model; `drift.py` and the guard in the tests compare every claim with ComfyUI.
+"""
+
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-JOIN_CAT = "txt,img"  # cat((txt, img), dim=1): how dual-stream models enter their single blocks
+JOIN_CAT = "txt,img"  # cat((txt, img), dim=1): how most dual-stream models enter single blocks
+JOIN_SKIP = "skip"  # U-Net: cat((h, output of the mirrored input block), dim=1) before each block
 
 
 @dataclass(frozen=True, kw_only=True)
 class Carry:
     """Which arguments of a block's forward carry hidden states, and what comes back.
 
-    streams: names of the streams; args: for each stream the forward parameter that holds it;
-    returns: the streams in the order the block returns them (one stream: a bare tensor).
-    packed: the single argument holds a tuple of all streams and so does the result.
+    streams: names of the streams; args: for each stream the forward parameter that holds it,
+    whether the host passes it by position or by keyword ("" is the first position under any name;
+    for a forward that only takes *args, the names of its first positions in order).
+    returns: what the block returns, in order (one stream: a bare tensor); names that are no stream
+    are further outputs. packed: the single argument holds a tuple of all streams, so does the
+    result.
+    tails: streams of which the host keeps only the head: it cuts off the end and appends other
+    tokens before the next block. dropped: streams that the stack's last block returns as None.
     """
 
     streams: tuple[str, ...] = ("x",)
     args: tuple[str, ...] = ("x",)
     returns: tuple[str, ...] = ("x",)
     packed: bool = False
+    tails: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +43,9 @@ class Stack:
     blocks: attribute path of the ModuleList (or a single block) in the network;
     block_type: the word ComfyUI puts into transformer_options["block_type"], and our reports show;
     carry: the calling convention; attention_calls: override calls per block, None if it varies;
-    joins: how this stack's input is made from the previous one's streams, "" if it is the same.
+    joins: how this stack's input is made from the previous one's streams, "" if it is the same;
+    children: the host calls each block's children one after the other and never the block, so
+    hooks and forward overrides belong on the children.
     """
 
     blocks: str
@@ -39,6 +53,7 @@ class Stack:
     carry: Carry = field(default_factory=Carry)
     attention_calls: int | None = 1
     joins: str = ""
+    children: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,17 +62,20 @@ class Notes:
 
     diffusion_model_wrappers: the class runs DIFFUSION_MODEL wrappers (else use APPLY_MODEL);
     reaches_override: its main attention passes transformer_options;
-    block_ids: those options carry block_index; prefetches: it drives core's prefetch queue
-    itself; unet: blocks are U-Net levels, not one residual stream; in_place: blocks write into
-    their input; remarks: anything else, in words.
+    block_ids: those options carry block_index; block_types: and block_type;
+    prefetches: it drives core's prefetch queue itself; unet: blocks are U-Net levels, not one
+    residual stream; in_place: blocks write into their input; adds_between: the host changes the
+    stream between blocks by itself, without ControlNet or patches; remarks: anything else.
     """
 
     diffusion_model_wrappers: bool = True
     reaches_override: bool = True
     block_ids: bool = True
+    block_types: bool = True
     prefetches: bool = False
     unet: bool = False
     in_place: bool = False
+    adds_between: bool = False
     remarks: tuple[str, ...] = ()
 
 
@@ -65,13 +83,19 @@ class Notes:
 class Architecture:
     """One model family: ComfyUI's class, its block stacks, its token plan, notes.
 
-    class_name: of the network in `comfy.ldm`; name: what users call it; tokens: the plan that
+    class_name: of the network in `comfy.ldm`; module: the end of its module's name, where the
+    class name alone is not unique; name: what users call it; stacks: the blocks between the
+    embedders and the final layer, in execution order, all of one hidden state; side: further
+    blocks with a stream of their own (refiners, control branches): they have weights to offload
+    and attention to swap, but leave them alone when blocks are skipped; tokens: the plan that
     sequence parallel reads (None: no plan yet).
     """
 
     class_name: str
     name: str
     stacks: tuple[Stack, ...]
+    side: tuple[Stack, ...] = ()
+    module: str = ""
     tokens: Any | None = None
     notes: Notes = field(default_factory=Notes)
 
@@ -81,28 +105,11 @@ def stack_blocks(network: torch.nn.Module, stack: Stack) -> list[torch.nn.Module
     owner: Any = network
     for part in stack.blocks.split("."):
         owner = getattr(owner, part)
-    if owner is None:
-        return []
+        if owner is None:
+            return []
     return list(owner) if isinstance(owner, torch.nn.ModuleList) else [owner]
 
 
-def drift(architecture: Architecture, network: torch.nn.Module) -> list[str]:
-    """What the data claims and the live network does not show, as sentences; empty if all holds."""
-    found = []
-    for stack in architecture.stacks:
-        try:
-            blocks = stack_blocks(network, stack)
-        except AttributeError:
-            found.append(f"{architecture.class_name} has no '{stack.blocks}'")
-            continue
-        if not blocks:
-            continue
-        parameters = inspect.signature(blocks[0].forward).parameters
-        variadic = any(p.kind is p.VAR_POSITIONAL for p in parameters.values())
-        missing = [a for a in stack.carry.args if a not in parameters and not variadic]
-        found.extend(
-            f"{architecture.class_name}.{stack.blocks}: forward has no '{arg}' "
-            f"(it takes {', '.join(parameters)})"
-            for arg in missing
-        )
-    return found
+def called_modules(block: torch.nn.Module, stack: Stack) -> list[torch.nn.Module]:
+    """The modules that the host calls for one block: itself, or its children in order."""
+    return list(block.children()) if stack.children else [block]

@@ -1,12 +1,62 @@
 """All architectures, and the lookup by class."""
 
-from . import flux
+from . import (
+    aura_flow,
+    cogvideox,
+    cosmos_predict2,
+    ernie,
+    flux,
+    hidream,
+    hunyuan_video,
+    ideogram4,
+    joyimage,
+    kandinsky5,
+    krea2,
+    lens,
+    ltx,
+    lumina,
+    minimax,
+    omnigen2,
+    pixart,
+    qwen_image,
+    sd3,
+    unet,
+    wan,
+)
 from .data import Architecture
 
-ARCHITECTURES: dict[str, Architecture] = {a.class_name: a for a in (*flux.ARCHITECTURES,)}
+FILES = (
+    aura_flow,
+    cogvideox,
+    cosmos_predict2,
+    ernie,
+    flux,
+    hidream,
+    hunyuan_video,
+    ideogram4,
+    joyimage,
+    kandinsky5,
+    krea2,
+    lens,
+    ltx,
+    lumina,
+    minimax,
+    omnigen2,
+    pixart,
+    qwen_image,
+    sd3,
+    unet,
+    wan,
+)
+ARCHITECTURES: dict[str, Architecture] = {
+    architecture.class_name: architecture for file in FILES for architecture in file.ARCHITECTURES
+}
 
 
 def find(network: object) -> Architecture | None:
     """The Architecture of a live network: of its class, else of the nearest base class."""
-    names = (cls.__name__ for cls in type(network).__mro__)
-    return next((ARCHITECTURES[name] for name in names if name in ARCHITECTURES), None)
+    for cls in type(network).__mro__:
+        architecture = ARCHITECTURES.get(cls.__name__)
+        if architecture is not None and cls.__module__.endswith(architecture.module):
+            return architecture
+    return None

@@ -1,0 +1,71 @@
+"""Reading and replacing the streams in one call of a block, whoever passes what by keyword.
+
+A Binding is made once per block from its class's forward, so that instance overrides and
+torch.compile's replacement do not change what it sees.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+
+from .data import Carry
+
+POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+class Binding:
+    """How one block takes and returns its streams.
+
+    block: a live block; carry: its calling convention. Raises ValueError if the block's forward
+    has no parameter of a claimed name.
+    """
+
+    def __init__(self, block: torch.nn.Module, carry: Carry):
+        self.carry = carry
+        self.positions = positions(block, carry)
+
+    def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """The streams of a call, in the order of `carry.streams`."""
+        found = tuple(
+            kwargs[name] if name in kwargs else args[self.positions[name]]
+            for name in self.carry.args
+        )
+        return tuple(found[0]) if self.carry.packed else found
+
+    def write(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], streams: tuple[Any, ...]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The same call with other streams; the given args and kwargs stay as they are."""
+        values = (tuple(streams),) if self.carry.packed else streams
+        new_args, new_kwargs = list(args), dict(kwargs)
+        for name, value in zip(self.carry.args, values, strict=True):
+            if name in kwargs:
+                new_kwargs[name] = value
+            else:
+                new_args[self.positions[name]] = value
+        return tuple(new_args), new_kwargs
+
+    def outputs(self, result: Any) -> tuple[Any, ...]:
+        """The streams in what the block returned, in the order of `carry.streams`."""
+        returned = (result,) if len(self.carry.returns) == 1 else tuple(result)
+        return tuple(returned[self.carry.returns.index(name)] for name in self.carry.streams)
+
+    def result(self, streams: tuple[Any, ...]) -> Any:
+        """What the block returns for these streams. Needs a block without further outputs."""
+        if set(self.carry.returns) != set(self.carry.streams):
+            raise ValueError(f"this block also returns {', '.join(self.carry.returns)}")
+        ordered = tuple(streams[self.carry.streams.index(name)] for name in self.carry.returns)
+        return ordered if len(ordered) > 1 else ordered[0]
+
+
+def positions(block: torch.nn.Module, carry: Carry) -> dict[str, int]:
+    """Position of each carry argument in the block's forward, without self."""
+    parameters = list(inspect.signature(type(block).forward).parameters.values())[1:]
+    names = [p.name for p in parameters if p.kind in POSITIONAL]
+    if not names and any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return {name: index for index, name in enumerate(carry.args)}
+    missing = [name for name in carry.args if name and name not in names]
+    if missing or not names:
+        raise ValueError(f"forward has no '{missing[0]}' (it takes {', '.join(names)})")
+    return {name: names.index(name) if name else 0 for name in carry.args}

@@ -1,0 +1,39 @@
+"""LTX-Video, and LTX-2 with audio (LTXAV)."""
+
+from .data import Architecture, Carry, Notes, Stack
+
+ARCHITECTURES = (
+    Architecture(
+        class_name="LTXVModel",
+        name="LTX-Video",
+        stacks=(Stack(blocks="transformer_blocks", block_type="double", attention_calls=2),),
+        notes=Notes(block_ids=False, block_types=False, in_place=True),
+    ),
+    Architecture(
+        class_name="LTXAVModel",
+        name="LTX-2",
+        stacks=(
+            Stack(
+                blocks="transformer_blocks",
+                block_type="double",
+                carry=Carry(
+                    streams=("video", "audio"),
+                    args=("x",),
+                    returns=("video", "audio"),
+                    packed=True,
+                ),
+                attention_calls=6,
+            ),
+        ),
+        notes=Notes(
+            block_ids=False,
+            block_types=False,
+            prefetches=True,
+            in_place=True,
+            remarks=(
+                "the tuple (video, audio) goes in by position; 2 attention calls without audio",
+                "the text connectors run before sampling, in extra_conds",
+            ),
+        ),
+    ),
+)

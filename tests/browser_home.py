@@ -1,43 +1,47 @@
 """The headless browser that tests use: chromium, node and playwright-core. Stdlib only.
 
-playwright-core is looked for in tests/browser/node_modules and .slipstream/node/node_modules; both
-are ignored by git. `npm install playwright-core` in either makes it; ./test does the second.
+playwright-core lies in tests/browser/node_modules (ignored by git), where `npm install` puts it;
+./test does that where npm can. CHROMIUM names another chromium.
 """
 
+import contextlib
 import os
 import shutil
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-PACK_ROOT = Path(__file__).resolve().parents[1]
-OWN_NODE = PACK_ROOT / ".slipstream" / "node"
+FOLDER = Path(__file__).resolve().parent / "browser"
 NOT_FOUND = "browser tests skipped: chromium or playwright-core not found"
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome", "chrome")
+_INSTALL_TIMEOUT_S = 120
 
 
 @dataclass(frozen=True)
 class Browser:
-    """Paths of the programs, and the folder whose `playwright-core` a script imports."""
+    """Paths of the two programs."""
 
     chromium: str
     node: str
-    node_modules: Path
 
 
-def find_programs() -> tuple[str, str] | None:
-    """(chromium, node); CHROMIUM_PATH names another chromium."""
-    chromium = os.environ.get("CHROMIUM_PATH") or next(
-        filter(None, map(shutil.which, _BROWSERS)), None
-    )
+def find_programs() -> Browser | None:
+    """chromium and node, or None without one of them."""
+    chromium = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, _BROWSERS)), None)
     node = shutil.which("node")
-    return (chromium, node) if chromium and node else None
+    return Browser(chromium, node) if chromium and node else None
 
 
 def find() -> Browser | None:
-    """All three, or None: skip with NOT_FOUND."""
-    programs = find_programs()
-    folders = (PACK_ROOT / "tests" / "browser" / "node_modules", OWN_NODE / "node_modules")
-    modules = next((f for f in folders if (f / "playwright-core" / "package.json").is_file()), None)
-    if programs is None or modules is None:
-        return None
-    return Browser(*programs, modules)
+    """The programs with playwright-core beside the scripts, or None: skip with NOT_FOUND."""
+    package = FOLDER / "node_modules" / "playwright-core" / "package.json"
+    return find_programs() if package.is_file() else None
+
+
+def install() -> Browser | None:
+    """find(), after `npm install` if playwright-core is missing and npm can reach its registry."""
+    if find() is None and find_programs() is not None and shutil.which("npm"):
+        command = ["npm", "install", "--no-package-lock", "--no-audit", "--no-fund"]
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            subprocess.run(command, cwd=FOLDER, capture_output=True, timeout=_INSTALL_TIMEOUT_S)
+    return find()

@@ -22,7 +22,7 @@ ERRORS = ("ImportError", "OSError", "RuntimeError")
 
 
 def broken_packages(folder: Path, error: str, names: Iterable[str] = OPTIONAL) -> Path:
-    """A folder for PYTHONPATH in which importing any of `names` raises `error`."""
+    """A folder for PYTHONPATH where `names` are installed (2.2.0) and raise `error` at import."""
     root = folder / f"broken-{error}"
     for name in names:
         package = root / name
@@ -30,4 +30,7 @@ def broken_packages(folder: Path, error: str, names: Iterable[str] = OPTIONAL) -
         (package / "__init__.py").write_text(
             f'raise {error}("undefined symbol: a faked broken {name}")\n'
         )
+        metadata = root / f"{name}-2.2.0.dist-info"
+        metadata.mkdir()
+        (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 2.2.0\n")
     return root

@@ -6,7 +6,6 @@
 What is missing for the unit tier is installed into .venv and .slipstream, which git ignores.
 """
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -156,16 +155,10 @@ def server(rest: Sequence[str]) -> Outcome:
 def browser(rest: Sequence[str]) -> Outcome:
     """The real frontend in headless chromium; playwright-core comes from npm if it can."""
     python = comfy_python()
-    if browser_home.find_programs() is None:
+    found = browser_home.install()
+    if found is None:
         raise NotHere(browser_home.NOT_FOUND)
-    if browser_home.find() is None:
-        folder = browser_home.OWN_NODE
-        folder.mkdir(parents=True, exist_ok=True)
-        npm = ["npm", "install", "--no-save", "--no-audit", "--no-fund", "playwright-core"]
-        with contextlib.suppress(OSError, subprocess.TimeoutExpired):  # what is missing comes next
-            subprocess.run(npm, cwd=folder, capture_output=True, timeout=120)
-        if browser_home.find() is None:
-            raise NotHere(browser_home.NOT_FOUND)
+    os.environ["CHROMIUM"] = found.chromium
     return pytest_tier("browser", python, ["browser"], [], rest)
 
 

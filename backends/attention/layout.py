@@ -9,7 +9,6 @@ from functools import cache
 
 import torch
 
-from .kernels.base import Kernel
 from .request import MASK_BIAS, MASK_BOOL, MASK_NONE, Request
 
 _DTYPE_NAMES = {
@@ -27,12 +26,6 @@ class Views:
     v: torch.Tensor
     mask: torch.Tensor | None
     scale: float | None
-
-    def run(self, kernel: Kernel) -> torch.Tensor:
-        """The kernel's output [B,H,Nq,D]."""
-        out = kernel.run(self.q, self.k, self.v, mask=self.mask, scale=self.scale)
-        assert isinstance(out, torch.Tensor)
-        return out
 
 
 def read_call(

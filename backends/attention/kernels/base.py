@@ -11,7 +11,7 @@ APPROXIMATE = "approximate"  # quantised or sparse
 
 
 class Kernel(Protocol):
-    """An attention kernel. q and out [B,H,Nq,D], k and v [B,Hkv,Nk,D], lse fp32 [B,H,Nq], natural log.
+    """q and out [B,H,Nq,D], k and v [B,Hkv,Nk,D], lse fp32 [B,H,Nq], natural log.
 
     mask: None, or bool (True = attend) or additive, of any shape that broadcasts to [B,H,Nq,Nk].
     Padding, casts and GQA expansion stay inside the kernel's file. It never writes to its inputs,

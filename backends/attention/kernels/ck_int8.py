@@ -1,0 +1,68 @@
+"""comfy-kitchen's INT8 attention: a requirement of ComfyUI, so installed everywhere it runs.
+
+INT8 q, k and v after a Hadamard rotation, unsigned INT8 weights, its own shift of K; masks, GQA
+and any width up to 256 (it pads by itself). It has CUDA and HIP kernels and no CPU fallback.
+Source: comfy_kitchen/sage_attention.py, 0.2.31.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..request import Request
+from . import rules
+from .base import APPROXIMATE
+from .package import PackageKernel, UnavailableError, version_of
+
+
+class CkInt8(PackageKernel):
+    """comfy_kitchen.int8_attention."""
+
+    id, category, lse, sparse = "ck_int8", APPROXIMATE, False, False
+    package, title = "comfy_kitchen", "comfy-kitchen"
+    pip = "pip install -U comfy-kitchen"
+    _attention: Callable[..., Any]
+
+    def load(self) -> None:
+        import comfy_kitchen
+
+        attention = getattr(comfy_kitchen, "int8_attention", None)
+        supported = getattr(comfy_kitchen, "int8_attention_is_available", None)
+        if attention is None or supported is None:
+            found = version_of("comfy-kitchen")
+            raise UnavailableError(f"comfy-kitchen {found} has no INT8 attention. {self.pip}")
+        if torch.cuda.is_available() and not any(map(supported, range(torch.cuda.device_count()))):
+            raise UnavailableError(
+                "comfy-kitchen's INT8 attention does not run here: it needs SM75 or newer, or "
+                f"RDNA3 or newer, and its compiled extension. {self.pip}"
+            )
+        self._attention = attention
+
+    def ineligible(self, request: Request) -> str | None:
+        name = self.id
+        return (
+            rules.device(name, request)
+            or rules.arch(name, request, low=75)
+            or rules.dtype(name, request, "float32", "float16", "bfloat16")
+            or rules.head_dim(name, request, most=256)
+            or rules.gqa(name, request)
+            or rules.precision(name, request)
+            or rules.no_lse(name, request)
+            or rules.grid(name, request)
+        )
+
+    def run(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        mask: torch.Tensor | None = None,
+        scale: float | None = None,
+        want_lse: bool = False,
+    ) -> torch.Tensor:
+        assert not want_lse
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        out: torch.Tensor = self._attention(q, k, v, scale=scale, attn_mask=mask)
+        return out.contiguous()

@@ -1,0 +1,63 @@
+"""FlashAttention 2 from the flash-attn package: exact, no mask. Layout [B,N,H,D]."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..request import Request
+from . import operands, rules
+from .base import EXACT
+from .package import PackageKernel, UnavailableError
+
+
+class Flash2(PackageKernel):
+    """flash_attn.flash_attn_func."""
+
+    id, category, lse, sparse = "flash2", EXACT, True, False
+    package, title = "flash_attn", "flash-attn 2.x"
+    pip = "pip install flash-attn --no-build-isolation (a long build without a matching wheel)"
+    _attention: Callable[..., Any]
+
+    def load(self) -> None:
+        import flash_attn
+
+        # flash-attn-4 alone makes `flash_attn` a namespace package without this function.
+        if not hasattr(flash_attn, "flash_attn_func"):
+            raise UnavailableError(
+                f"flash-attn 2.x is not installed (found only parts of flash_attn; with "
+                f"flash-attn-4 choose 'flash4'). {self.pip}"
+            )
+        self._attention = flash_attn.flash_attn_func
+
+    def ineligible(self, request: Request) -> str | None:
+        name = self.id
+        return (
+            rules.device(name, request)
+            or rules.arch(name, request, low=80)
+            or rules.dtype(name, request, "float16", "bfloat16")
+            or rules.head_dim(name, request, most=256)
+            or rules.no_mask(name, request)
+            or rules.gqa(name, request)
+            or rules.grid(name, request)
+        )
+
+    def run(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        mask: torch.Tensor | None = None,
+        scale: float | None = None,
+        want_lse: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        assert mask is None
+        head_dim = q.shape[-1]
+        scale = head_dim**-0.5 if scale is None else scale
+        q, k, v = (operands.aligned(operands.pad_head_dim(x)).transpose(1, 2) for x in (q, k, v))
+        with operands.on_device_of(q):
+            result = self._attention(q, k, v, softmax_scale=scale, return_attn_probs=want_lse)
+        out, lse = (result[0], result[1]) if want_lse else (result, None)
+        out = operands.trim(out, head_dim).transpose(1, 2)
+        return out if lse is None else (out, lse)

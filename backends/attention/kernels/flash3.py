@@ -1,0 +1,67 @@
+"""FlashAttention 3, for Hopper: exact, no mask. Layout [B,N,H,D].
+
+Early versions always return (out, lse); later ones return lse only if asked for.
+Source: hopper/flash_attn_interface.py of Dao-AILab/flash-attention.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..request import Request
+from . import operands, rules
+from .base import EXACT
+from .package import PackageKernel, UnavailableError
+
+
+class Flash3(PackageKernel):
+    """flash_attn_interface.flash_attn_func."""
+
+    id, category, lse, sparse = "flash3", EXACT, True, False
+    package, title = "flash_attn_interface", "FlashAttention 3"
+    pip = "Build it from https://github.com/Dao-AILab/flash-attention, folder hopper"
+    _attention: Callable[..., Any]
+    _asks_for_lse: bool
+
+    def load(self) -> None:
+        import flash_attn_interface
+
+        if not hasattr(flash_attn_interface, "flash_attn_func"):
+            raise UnavailableError(f"flash_attn_interface has no flash_attn_func. {self.pip}")
+        self._attention = flash_attn_interface.flash_attn_func
+        self._asks_for_lse = "return_attn_probs" in inspect.signature(self._attention).parameters
+
+    def ineligible(self, request: Request) -> str | None:
+        name = self.id
+        return (
+            rules.device(name, request, hip=False)
+            or rules.arch(name, request, only=(90,))
+            or rules.dtype(name, request, "float16", "bfloat16")
+            or rules.head_dim(name, request, most=256)
+            or rules.no_mask(name, request)
+            or rules.gqa(name, request)
+            or rules.grid(name, request)
+        )
+
+    def run(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        mask: torch.Tensor | None = None,
+        scale: float | None = None,
+        want_lse: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        assert mask is None
+        head_dim = q.shape[-1]
+        scale = head_dim**-0.5 if scale is None else scale
+        q, k, v = (operands.aligned(operands.pad_head_dim(x)).transpose(1, 2) for x in (q, k, v))
+        options = {"return_attn_probs": want_lse} if self._asks_for_lse else {}
+        with operands.on_device_of(q):
+            result = self._attention(q, k, v, softmax_scale=scale, **options)
+        out = result[0] if isinstance(result, tuple) else result
+        out = operands.trim(out, head_dim).transpose(1, 2)
+        return (out, result[1]) if want_lse else out

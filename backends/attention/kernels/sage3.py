@@ -1,0 +1,77 @@
+"""SageAttention 3: FP4 on Blackwell. Its authors advise sage2 on the first and last steps.
+
+It smooths K in place (so it gets a clone), knows one scale, and wants as many k/v heads as q heads.
+Source: sageattention3_blackwell/sageattn3/api.py and blackwell/api.cu of thu-ml/SageAttention.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..request import Request
+from . import operands, rules
+from .base import APPROXIMATE
+from .package import PackageKernel, UnavailableError, require_c_compiler
+
+
+class Sage3(PackageKernel):
+    """sageattn3.sageattn3_blackwell."""
+
+    id, category, lse, sparse = "sage3", APPROXIMATE, False, False
+    package, title = "sageattn3", "sageattn3"
+    pip = (
+        "Build it from https://github.com/thu-ml/SageAttention, folder sageattention3_blackwell "
+        "(Python 3.13, torch 2.8)"
+    )
+    _attention: Callable[..., Any]
+
+    def load(self) -> None:
+        import sageattn3
+
+        if not hasattr(sageattn3, "sageattn3_blackwell"):
+            raise UnavailableError(f"sageattn3 has no function sageattn3_blackwell. {self.pip}")
+        require_c_compiler(self.title)
+        self._attention = sageattn3.sageattn3_blackwell
+
+    def ineligible(self, request: Request) -> str | None:
+        name = self.id
+        return (
+            rules.device(name, request, hip=False)
+            or rules.arch(name, request, only=(100, 120, 121))
+            or rules.dtype(name, request, "float16", "bfloat16")
+            or rules.head_dim(name, request, only=(64, 128))
+            or rules.no_mask(name, request)
+            or rules.gqa(name, request)
+            or rules.default_scale(name, request)
+            or rules.precision(name, request)
+            or rules.no_lse(name, request)
+            or rules.no_capture(name, request)
+            or rules.grid(name, request)
+            or rules.int32_offsets(name, request)
+        )
+
+    def run(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        mask: torch.Tensor | None = None,
+        scale: float | None = None,
+        want_lse: bool = False,
+    ) -> torch.Tensor:
+        assert mask is None
+        assert not want_lse
+        heads = q.shape[1]
+        keys = operands.expand_kv(k, heads)
+        if keys is k:
+            keys = k.clone(memory_format=torch.contiguous_format)
+        with operands.on_device_of(q):
+            out: torch.Tensor = self._attention(
+                operands.aligned(q),
+                keys,
+                operands.aligned(operands.expand_kv(v, heads)),
+                is_causal=False,
+            )
+        return out.contiguous()

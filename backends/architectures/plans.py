@@ -1,0 +1,34 @@
+"""All token plans, by the exact class of the network.
+
+Subclasses are not looked up by their base: they override the forward that a plan describes.
+"""
+
+from . import plans_flux, plans_image, plans_video, plans_wan
+from .tokens import TokenPlan
+
+PLANS: dict[str, TokenPlan] = {
+    **plans_wan.PLANS,
+    **plans_flux.PLANS,
+    **plans_video.PLANS,
+    **plans_image.PLANS,
+}
+
+# Classes that a plan cannot serve, with the reason; any other class without a plan is unknown.
+REFUSED = {
+    "ErnieImageModel": "its attention does not pass transformer_options",
+    "MochiJointDiT": "it cuts its text to a length that is known only inside the forward",
+    "AsymmDiTJoint": "it cuts its text to a length that is known only inside the forward",
+}
+
+
+def find_plan(network: object) -> TokenPlan | str:
+    """The plan for a network, or the sentence that says why there is none."""
+    name = type(network).__name__
+    plan = PLANS.get(name)
+    if plan is not None:
+        return plan
+    why = f" ({REFUSED[name]})" if name in REFUSED else ""
+    return (
+        f"No token plan for class {name}{why}: sequence parallel would be wrong. "
+        "Run without it or add one (docs/adding-an-architecture.md)."
+    )

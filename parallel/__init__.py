@@ -1,0 +1,1 @@
+"""Sequence parallel: token shards, collectives, wire protocol, worker pool, worker program."""

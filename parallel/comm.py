@@ -1,0 +1,210 @@
+"""Process groups that move bytes, and the one exchange that everything is built from.
+
+Groups are built directly on a store: no default group, no environment, remade at will. Tensors
+travel as bytes, so that every dtype works on gloo and NCCL alike, and uneven parts need no
+padding. A failed transport raises TransportError, which is a symptom: the cause is in some
+process. Only one attribute holds a process group, because destroying the object is what makes
+blocked gloo peers fail at once (torch 2.11: abort() and shutdown() leave them waiting).
+"""
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+GLOO, NCCL = "gloo", "nccl"
+
+
+class TransportError(RuntimeError):
+    """A peer is gone, or did not answer in time."""
+
+
+class Clock:
+    """Seconds per kind of waiting on one device, and bytes sent; CUDA is timed by events."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.bytes_sent = 0
+        self._seconds: dict[str, float] = {}
+        self._events: list[tuple[str, Any, Any]] = []
+
+    @contextlib.contextmanager
+    def measure(self, kind: str) -> Iterator[None]:
+        """Add the time inside to `kind`."""
+        if self.device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            yield
+            end.record()
+            self._events.append((kind, start, end))
+            return
+        started = time.perf_counter()
+        yield
+        self._add(kind, time.perf_counter() - started)
+
+    def _add(self, kind: str, seconds: float) -> None:
+        self._seconds[kind] = self._seconds.get(kind, 0.0) + seconds
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds by kind so far; waits for the device."""
+        for kind, start, end in self._events:
+            end.synchronize()
+            self._add(kind, start.elapsed_time(end) / 1000)
+        self._events.clear()
+        return dict(self._seconds)
+
+
+class Pending:
+    """An exchange under way. `wait` gives the tensors from every rank, in rank order."""
+
+    def __init__(
+        self, group: "Group", flat: torch.Tensor, shapes: Sequence[Sequence[int]], keep: Any
+    ):
+        self._group, self._flat, self._shapes, self._keep = group, flat, shapes, keep
+
+    def wait(self) -> list[torch.Tensor]:
+        _wait(self._group.works.pop(id(self), None))
+        self._keep = None
+        sizes = [torch.Size(shape).numel() for shape in self._shapes]
+        parts = self._flat.split(sizes)
+        return [part.view(*shape) for part, shape in zip(parts, self._shapes, strict=True)]
+
+    def joined(self, dim: int) -> torch.Tensor:
+        """All tensors joined along `dim`: without a copy where the memory already lies so."""
+        parts = self.wait()
+        shape = list(self._shapes[0])
+        if all(size == 1 for size in shape[:dim]):
+            shape[dim] = sum(s[dim] for s in self._shapes)
+            return self._flat.view(*shape)
+        return torch.cat(parts, dim)
+
+
+class Group:
+    """One process group of `world` ranks under `name` in the store. close() frees its peers."""
+
+    def __init__(
+        self,
+        store: dist.Store,
+        name: str,
+        *,
+        rank: int,
+        world: int,
+        backend: str,
+        timeout_s: float,
+        clock: Clock,
+    ):
+        self.rank, self.world, self.backend, self.clock = rank, world, backend, clock
+        self.works: dict[int, Any] = {}  # of the Pendings; a work keeps its group's sockets open
+        build = _gloo if backend == GLOO else _nccl
+        try:
+            self._group: Any = build(
+                dist.PrefixStore(name, store), rank, world, timedelta(seconds=timeout_s)
+            )
+        except RuntimeError as error:
+            raise TransportError(f"group {name} of {world} ranks: {error}") from error
+
+    def close(self) -> None:
+        self.works.clear()
+        self._group = None
+
+    def abort(self) -> None:
+        """Make this rank's own waiting collectives fail (NCCL only, unverified)."""
+        if self._group is not None and self.backend == NCCL:
+            self._group.abort()
+
+    def _call(self, method: str, *args: Any) -> Any:
+        if self._group is None:
+            raise TransportError("the group was closed")
+        try:
+            return getattr(self._group, method)(*args)
+        except RuntimeError as error:
+            raise TransportError(f"{method}: {error}") from error
+
+    def broadcast(self, tensor: torch.Tensor, *, root: int) -> None:
+        """Fill `tensor` (contiguous) with root's values."""
+        if tensor.numel():
+            _wait(self._call("broadcast", as_bytes(tensor), root))
+            if self.rank == root:
+                self.clock.bytes_sent += tensor.nbytes * (self.world - 1)
+
+    def send(self, tensor: torch.Tensor, *, to: int) -> None:
+        """Send a contiguous tensor to one rank, which must `recv` it."""
+        _wait(self._call("send", [as_bytes(tensor)], to, 0))
+        self.clock.bytes_sent += tensor.nbytes
+
+    def recv(self, tensor: torch.Tensor, *, source: int) -> None:
+        """Fill a contiguous tensor from one rank."""
+        _wait(self._call("recv", [as_bytes(tensor)], source, 0))
+
+    def exchange(
+        self, parts: Sequence[torch.Tensor | None], shapes: Sequence[Sequence[int] | None]
+    ) -> Pending:
+        """Start to send parts[r] to rank r and to receive a tensor of shapes[r] from it.
+
+        None stands for nothing. At least one of a rank's parts and shapes must be given, and all
+        tensors have one dtype and device. Sends the bytes of the parts for other ranks.
+        """
+        sample = next(part for part in parts if part is not None)
+        sends = [0 if part is None else part.numel() for part in parts]
+        wanted = [(0,) if shape is None else shape for shape in shapes]
+        flat_in = sample.new_empty(sum(sends))
+        for part, place in zip(parts, flat_in.split(sends), strict=True):
+            if part is not None:
+                place.view(part.shape).copy_(part)
+        receives = [torch.Size(shape).numel() for shape in wanted]
+        flat_out = sample.new_empty(sum(receives))
+        size = sample.element_size()
+        pending = Pending(self, flat_out, wanted, flat_in)
+        self.works[id(pending)] = self._call(
+            "alltoall_base",
+            as_bytes(flat_out),
+            as_bytes(flat_in),
+            [n * size for n in receives],
+            [n * size for n in sends],
+        )
+        self.clock.bytes_sent += (sum(sends) - sends[self.rank]) * size
+        return pending
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The memory of a contiguous tensor as uint8 [nbytes]."""
+    return tensor.view(-1).view(torch.uint8)
+
+
+def _wait(work: Any) -> None:
+    if work is None:
+        raise TransportError("the group was closed")
+    try:
+        work.wait()
+    except RuntimeError as error:
+        raise TransportError(str(error)) from error
+    finally:
+        del work  # a frame of a traceback must not keep it
+
+
+def _gloo(store: dist.Store, rank: int, world: int, timeout: timedelta) -> Any:
+    options: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+    options._timeout = timeout
+    return dist.ProcessGroupGloo(store, rank, world, options)
+
+
+def _nccl(store: dist.Store, rank: int, world: int, timeout: timedelta) -> Any:
+    """Unverified: nobody has run it. The watchdog must never end ComfyUI's process."""
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timeout
+    name = "TORCH_NCCL_ASYNC_ERROR_HANDLING"  # read when the group is built
+    before = os.environ.get(name)
+    os.environ[name] = "0"
+    try:
+        return dist.ProcessGroupNCCL(store, rank, world, options)
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

@@ -1,0 +1,148 @@
+"""Where a process stands among the others, and the groups it needs there.
+
+cfg x ulysses x ring processes; process p serves branch p // (ulysses * ring). Within a branch,
+rank r is number r % ulysses of ring chunk r // ulysses: it exchanges heads with the ranks of its
+chunk and passes keys to the same number of the next chunk. Process 0 is ComfyUI's own: it leads
+branch 0 and hands work to branch 1 over a group of its own.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from .comm import Clock, Group
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Degrees of one arrangement of processes."""
+
+    cfg: int = 1
+    ulysses: int = 1
+    ring: int = 1
+
+    @property
+    def ranks(self) -> int:
+        """Processes of one branch."""
+        return self.ulysses * self.ring
+
+    @property
+    def world(self) -> int:
+        return self.cfg * self.ranks
+
+    def branch(self, process: int) -> int:
+        return process // self.ranks
+
+    def rank(self, process: int) -> int:
+        """Rank within the branch."""
+        return process % self.ranks
+
+    def members(self, branch: int) -> range:
+        """Processes of a branch."""
+        return range(branch * self.ranks, (branch + 1) * self.ranks)
+
+    def __str__(self) -> str:
+        return f"cfg {self.cfg} x ulysses {self.ulysses} x ring {self.ring}"
+
+
+Build = Callable[[str, int, int], Group]  # name, rank, world
+
+
+class Mesh:
+    """The ranks that share one call. `main` has all of them; the others are None at degree 1."""
+
+    def __init__(self, layout: Layout, rank: int, name: str, build: Build):
+        self.rank, self.world = rank, layout.ranks
+        self.ulysses, self.ring = layout.ulysses, layout.ring
+        self.ring_rank, self.ulysses_rank = divmod(rank, layout.ulysses)
+        self.main = build(f"{name}/main", rank, self.world)
+        self.heads: Group | None = None
+        self.keys: Group | None = None
+        if self.ring == 1:
+            self.heads = self.main
+        elif self.ulysses > 1:
+            self.heads = build(f"{name}/heads{self.ring_rank}", self.ulysses_rank, self.ulysses)
+        if self.ulysses == 1:
+            self.keys = self.main
+        elif self.ring > 1:
+            self.keys = build(f"{name}/keys{self.ulysses_rank}", self.ring_rank, self.ring)
+
+    @property
+    def chunk(self) -> range:
+        """Ranks of this rank's ring chunk."""
+        return range(self.ring_rank * self.ulysses, (self.ring_rank + 1) * self.ulysses)
+
+    def gather(
+        self, local: torch.Tensor, rows: Sequence[int], dim: int, *, leader_only: bool
+    ) -> torch.Tensor | None:
+        """All ranks' rows along `dim` in rank order; None on other ranks if leader_only.
+
+        rows: length along `dim` on every rank. Sends local.nbytes to each receiving rank.
+        """
+        receives = not leader_only or self.rank == 0
+        shapes = [_resized(local.shape, dim, n) if receives else None for n in rows]
+        parts = [local if not leader_only or r == 0 else None for r in range(self.world)]
+        found = self.main.exchange(parts, shapes).wait()
+        return torch.cat(found, dim) if receives else None
+
+
+class Links:
+    """All groups of one process under one layout; `relay` joins process 0 and branch 1."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        process: int,
+        store: dist.Store,
+        *,
+        name: str,
+        backend: str,
+        timeout_s: float,
+        clock: Clock,
+    ):
+        self.layout, self.process, self.clock = layout, process, clock
+        self.mesh: Mesh | None = None
+        self.relay: Group | None = None
+        self._built: list[Group] = []
+
+        def build(group: str, rank: int, world: int) -> Group:
+            built = Group(
+                store, f"{name}/{group}", rank=rank, world=world,
+                backend=backend, timeout_s=timeout_s, clock=clock,
+            )  # fmt: skip
+            self._built.append(built)
+            return built
+
+        branch, rank = layout.branch(process), layout.rank(process)
+        try:
+            if layout.ranks > 1:
+                self.mesh = Mesh(layout, rank, f"branch{branch}", build)
+            if layout.cfg > 1 and (process == 0 or branch == 1):
+                self.relay = build("relay", 0 if process == 0 else rank + 1, layout.ranks + 1)
+        except BaseException:
+            self.close()
+            raise
+
+    def entry(self, branch: int) -> tuple[Group, int]:
+        """The group over which process 0 hands a call to `branch`, and its number of ranks."""
+        group = self.relay if branch else (self.mesh.main if self.mesh else None)
+        assert group is not None
+        return group, group.world
+
+    def close(self) -> None:
+        """Drop all groups: whoever waits for this process fails at once."""
+        for group in self._built:
+            group.close()
+
+    def abort(self) -> None:
+        """Make this process's own waiting collectives fail (NCCL only, unverified)."""
+        for group in self._built:
+            group.abort()
+
+
+def _resized(shape: Sequence[int], dim: int, length: int) -> list[int]:
+    found = list(shape)
+    found[dim] = length
+    return found

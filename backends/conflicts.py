@@ -37,6 +37,11 @@ CONFLICTS: tuple[Conflict, ...] = (
         "teacache",
         "Slipstream Cache and TeaCache both skip steps: remove one of them.",
     ),
+    Conflict(
+        "cache",
+        "other_cache",
+        "Slipstream Cache and another pack's cache both skip steps: remove one of them.",
+    ),
 )
 
 

@@ -5,6 +5,7 @@ about ComfyUI hold for 0.33; a private name is probed, never assumed.
 """
 
 import importlib.metadata
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,15 @@ _WRAPPER_FEATURES = {
     "teacache": "teacache",
     "torch.compile": "torch_compile",
 }
+# transformer_options key -> feature: ComfyUI-TeaCache; Jasonzzt's ComfyUI-CacheDiT (two keys).
+_OPTION_FEATURES = {
+    "rel_l1_thresh": "teacache",
+    "enable_teacache": "teacache",
+    "cache_dit_turbo": "other_cache",
+    "wan_cache": "other_cache",
+}
+# Words in the name of a model_function_wrapper that belongs to another cache (WaveSpeed, MagCache).
+_CACHE_WORDS = ("fbcache", "first_block_cache", "wavespeed", "magcache", "teacache")
 
 
 def diffusion_model(patcher: Any) -> torch.nn.Module:
@@ -37,13 +47,30 @@ def features(patcher: Any) -> set[str]:
     """Features of ComfyUI and other packs on this MODEL, by the names of conflicts.py."""
     found = {_WRAPPER_FEATURES[k] for k in wrapper_keys(patcher) if k in _WRAPPER_FEATURES}
     options = patcher.model_options.get("transformer_options", {})
-    if "easycache" in options:  # LazyCache keeps its holder under the same key
+    if "easycache" in options and "lazycache" not in found:  # LazyCache uses the same option
         found.add("easycache")
-    if "rel_l1_thresh" in options or "enable_teacache" in options:
-        found.add("teacache")
+    found |= {feature for key, feature in _OPTION_FEATURES.items() if key in options}
+    wrapper = patcher.model_options.get("model_function_wrapper")
+    if wrapper is not None and "teacache" not in found:
+        name = qualified_name(wrapper).lower()
+        if any(word in name for word in _CACHE_WORDS):
+            found.add("other_cache")
     if getattr(patcher, "additional_models", {}).get("multigpu"):
         found.add("multigpu_cfg_split")
     return found
+
+
+def is_compiled_whole(patcher: Any) -> bool:
+    """Whether torch.compile has made the whole network one graph, not single blocks of it.
+
+    comfy_api/torch_helpers/torch_compile.py (0.33) keeps the compiled modules in its wrapper's
+    closure, by attribute path.
+    """
+    compiled = getattr(diffusion_model(patcher), "_compiled_call_impl", None) is not None
+    for wrapper in patcher.get_wrappers("apply_model", "torch.compile"):
+        modules = inspect.getclosurevars(wrapper).nonlocals.get("compiled_module_dict", {})
+        compiled |= "diffusion_model" in modules
+    return compiled
 
 
 def versions() -> dict[str, str]:

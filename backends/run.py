@@ -26,6 +26,14 @@ from .report import RunRecord, Section, fingerprint
 TECHNIQUES = "slipstream"  # transformer_options key: technique name -> Technique
 RUN = "slipstream.run"  # transformer_options key while sampling; also our wrappers' key
 CALL = "slipstream.call"  # transformer_options key during one model call
+# Wrappers of one kind run in this order, inside other packs': what comes later hooks in on top of
+# what came before (a reused block must not reach offload's hook), whichever node came first.
+WRAPPER_ORDER = (
+    "slipstream.parallel",
+    "slipstream.offload",
+    "slipstream.attention",
+    "slipstream.cache",
+)
 LOG = "slipstream.log"  # attachment: RunLog, shared by the clones of a patched MODEL
 
 log = logging.getLogger("slipstream")
@@ -256,6 +264,7 @@ def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     sigmas = kwargs["sigmas"] if "sigmas" in kwargs else args[3]
     run = Run(guider.model_patcher, sigmas, options.get(TECHNIQUES, {}))
     options[RUN] = run
+    _order_wrappers(options)
     run_records = guider.model_patcher.get_attachment(LOG)
     samples = None
     try:
@@ -272,6 +281,14 @@ def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
                 log.info("%s", record.summary())
         finally:
             run.close()
+
+
+def _order_wrappers(options: dict[str, Any]) -> None:
+    """Put our techniques' wrappers into WRAPPER_ORDER, behind all others of their kind."""
+    for by_key in options.get("wrappers", {}).values():
+        for key in WRAPPER_ORDER:
+            if key in by_key:
+                by_key[key] = by_key.pop(key)
 
 
 def predict_noise(executor: Any, *args: Any, **kwargs: Any) -> Any:

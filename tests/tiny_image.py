@@ -218,6 +218,21 @@ FAMILIES = {
         in_file=False,
         min_heads=2,
     ),
+    "z_image_pixel": Family(
+        config="ZImagePixelSpace",
+        sizes=Z_IMAGE
+        | {
+            "image_model": "zimage_pixel",
+            "patch_size": 4,
+            "in_channels": 3,
+            "decoder_hidden_size": 32,
+            "decoder_num_res_blocks": 1,
+        },
+        per_head={"dim": 128, "n_heads": 1, "n_kv_heads": 1},
+        latent=(1, 3, 32, 32),
+        in_file=False,
+        min_heads=2,
+    ),
     "hidream": Family(
         config="HiDream",
         sizes={

@@ -43,6 +43,7 @@ FAMILIES = {
         extra={"audio_embed": (25, 64, 16)},
     ),
     "wan_scail": wan("scail", "WAN21_SCAIL", in_dim=20, extra={"pose_video_latent": LATENT[1:]}),
+    "wan_scail2": wan("scail2", "WAN21_SCAIL2", in_dim=20),
     "wan_dancer": wan(
         "wandancer",
         "WAN22_WanDancer",
@@ -109,9 +110,10 @@ FAMILIES = {
             "in_channels": 128,
             "audio_in_channels": 128,
             "attention_head_dim": 64,
-            "caption_channels": TEXT,
+            "caption_channels": 64,
             "audio_attention_head_dim": 32,
-            "connector_attention_head_dim": 32,
+            "connector_num_attention_heads": 1,
+            "connector_attention_head_dim": 64,
             "connector_num_layers": 1,
         },
         per_head={
@@ -119,7 +121,6 @@ FAMILIES = {
             "cross_attention_dim": 64,
             "audio_num_attention_heads": 1,
             "audio_cross_attention_dim": 32,
-            "connector_num_attention_heads": 1,
         },
         metadata=(
             "num_attention_heads",
@@ -134,7 +135,7 @@ FAMILIES = {
             "connector_num_layers",
         ),
         latent=((1, 128, 2, 8, 8), (1, 8, 9, 16)),
-        text_dim=2 * TEXT,  # video and audio text, as the connectors leave it
+        text_dim=2 * 64,  # video and audio text, as the connectors leave it; raw text is 64 wide
         mask=True,
     ),
     "minimax_h3": Family(

@@ -32,7 +32,7 @@ def drift(architecture: Architecture, network: torch.nn.Module) -> list[str]:
             found.append(f"{name}.{stack.blocks}: forward takes no transformer_options")
     if architecture.stacks:
         found.extend(
-            f"{name}: '{path}' takes transformer_options and is in no stack"
+            f"{name}: '{path}' has attention and is in no stack"
             for path in _unlisted(network, listed)
         )
     return found
@@ -95,6 +95,10 @@ def _unlisted(network: torch.nn.Module, listed: list[torch.nn.Module]) -> Iterat
     for path, module in network.named_modules():
         if not isinstance(module, torch.nn.ModuleList) or not len(module):
             continue
-        parameters = inspect.signature(type(module[0]).forward).parameters
-        if "transformer_options" in parameters and id(module[0]) not in inside:
+        if id(module[0]) not in inside and any(map(_names_options, module[0].modules())):
+            inside.update(id(inner) for inner in module.modules())  # report the outermost list
             yield path
+
+
+def _names_options(module: torch.nn.Module) -> bool:
+    return "transformer_options" in inspect.signature(type(module).forward).parameters

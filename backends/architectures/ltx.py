@@ -25,6 +25,15 @@ ARCHITECTURES = (
                 attention_calls=6,
             ),
         ),
+        side=tuple(
+            Stack(
+                blocks=f"{name}_embeddings_connector.transformer_1d_blocks",
+                block_type=f"{name}_connector",
+                carry=Carry(args=("hidden_states",)),
+                attention_calls=0,  # run once, before sampling, without transformer_options
+            )
+            for name in ("video", "audio")
+        ),
         notes=Notes(
             block_ids=False,
             block_types=False,
@@ -32,7 +41,7 @@ ARCHITECTURES = (
             in_place=True,
             remarks=(
                 "the tuple (video, audio) goes in by position; 2 attention calls without audio",
-                "the text connectors run before sampling, in extra_conds",
+                "the connectors run in extra_conds, for prompts that did not go through them yet",
             ),
         ),
     ),

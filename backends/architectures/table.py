@@ -52,11 +52,18 @@ ARCHITECTURES: dict[str, Architecture] = {
     architecture.class_name: architecture for file in FILES for architecture in file.ARCHITECTURES
 }
 
+HOST = "comfy.ldm."
+
 
 def find(network: object) -> Architecture | None:
-    """The Architecture of a live network: of its class, else of the nearest base class."""
+    """The Architecture of a live network: of its class, else of the nearest base class.
+
+    Only ComfyUI's own classes count: another pack's copy under the same name is unknown.
+    """
     for cls in type(network).__mro__:
         architecture = ARCHITECTURES.get(cls.__name__)
-        if architecture is not None and cls.__module__.endswith(architecture.module):
+        if architecture is None or not cls.__module__.startswith(HOST):
+            continue
+        if cls.__module__.endswith(architecture.module):
             return architecture
     return None

@@ -10,6 +10,10 @@ import sys
 from importlib import metadata
 
 
+# What a wheel for another torch or CUDA raises: a symbol, a shared library, a version check.
+BROKEN = (ImportError, OSError, RuntimeError, AttributeError)
+
+
 class UnavailableError(Exception):
     """The package is there but not usable; its text is the reason."""
 
@@ -27,7 +31,7 @@ class PackageKernel:
         self._reason: str | None = None
 
     def load(self) -> None:
-        """Import the package and keep its functions. Raises ImportError, OSError, UnavailableError."""
+        """Import the package and keep its functions. Raises UnavailableError with a reason."""
         raise NotImplementedError
 
     def available(self) -> str | None:
@@ -46,7 +50,7 @@ class PackageKernel:
             if error.name is not None and error.name.split(".")[0] == self.package:
                 return f"{self.title} is not installed. {self.pip}"
             return f"{self.title} cannot be imported ({error}). {self.pip}"
-        except (ImportError, OSError) as error:
+        except BROKEN as error:
             text = str(error).strip().splitlines() or [type(error).__name__]
             return f"{self.title} is installed but cannot be imported ({text[0]}). {self.pip}"
         return None

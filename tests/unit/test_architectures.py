@@ -1,11 +1,9 @@
 """The vocabulary of architectures, without ComfyUI: lookup, bindings, drift on dummy networks."""
 
-import inspect
 from dataclasses import replace
 
 import pytest
 import torch
-from slipstream.backends import architectures
 from slipstream.backends.architectures import (
     ARCHITECTURES,
     Architecture,
@@ -102,11 +100,6 @@ def test_the_table_is_consistent():
     }
 
 
-def test_the_package_exports_only_what_exists():
-    for name in architectures.__all__:
-        assert inspect.getdoc(getattr(architectures, name)) or name in ("JOIN_CAT", "JOIN_SKIP")
-
-
 def test_stack_blocks_and_called_modules():
     network = DummyNet()
     blocks = Stack(blocks="double_blocks", block_type="double")
@@ -176,7 +169,7 @@ def test_binding_sees_through_a_replaced_forward():
 
 
 def test_drift_finds_nothing_on_a_true_file():
-    assert drift(DUMMY, DummyNet()) == ["DummyNet: 'levels' has attention and is in no stack"][1:]
+    assert drift(DUMMY, DummyNet()) == []
 
 
 def stacks(*changed):
@@ -215,10 +208,8 @@ def test_drift_reports(wrong, sentence):
 
 
 def test_drift_reports_blocks_that_cannot_reach_the_override():
-    deaf = Stack(blocks="levels", block_type="input", carry=Carry(args=("",)), children=False)
-    wrong = replace(DUMMY, stacks=(DOUBLE, SINGLE, replace(deaf, children=True)))
-    assert any(
-        "forward takes no transformer_options" in found for found in drift(wrong, DummyNet())
-    )
+    levels = Stack(blocks="levels", block_type="input", carry=Carry(args=("",)), children=True)
+    wrong = stacks(DOUBLE, SINGLE, levels)
+    assert any("forward takes no transformer_options" in s for s in drift(wrong, DummyNet()))
     silent = replace(wrong, notes=Notes(reaches_override=False))
-    assert not any("takes no transformer_options" in found for found in drift(silent, DummyNet()))
+    assert drift(silent, DummyNet()) == []

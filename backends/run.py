@@ -21,6 +21,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from . import conflicts, host
+from .offload.watch import MemoryWatch
 from .report import RunRecord, Section, fingerprint
 
 TECHNIQUES = "slipstream"  # transformer_options key: technique name -> Technique
@@ -122,6 +123,7 @@ class Run:
         self.sigma = float("nan")
         self.notes: dict[str, int] = {}  # sentence -> how often
         self.states: dict[str, State] = {}
+        self.memory: MemoryWatch | None = None  # of every run, whatever is attached
         self.disabled = tuple(n for n in techniques if n in disabled_techniques())
         self._techniques = {n: t for n, t in techniques.items() if n not in self.disabled}
         self._occurrences: dict[tuple[Any, ...], int] = {}
@@ -139,10 +141,12 @@ class Run:
     def start(self) -> None:
         """Check conflicts, then start every technique in the order it was attached."""
         conflicts.check(self._techniques.keys() | host.features(self.patcher))
+        self.memory = MemoryWatch(self)
         for name in self.disabled:
             self.note(f"{name} is off: SLIPSTREAM_DISABLE names it")
         for name, technique in self._techniques.items():
             self.states[name] = technique.start(self)
+        self.states["memory"] = self.memory
 
     def note(self, sentence: str) -> None:
         """Record something the user should know; logged the first time, counted after."""
@@ -309,7 +313,13 @@ def apply_model(executor: Any, *args: Any, **kwargs: Any) -> Any:
     assert options is not None
     call = run.begin_call(options)
     new_args, new_kwargs = with_options(args, kwargs, {**options, CALL: call})
-    return executor(*new_args, **new_kwargs)
+    if run.memory is None:
+        return executor(*new_args, **new_kwargs)
+    run.memory.before_call()
+    try:
+        return executor(*new_args, **new_kwargs)
+    finally:
+        run.memory.after_call()
 
 
 def call_options(args: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:

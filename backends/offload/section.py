@@ -1,0 +1,124 @@
+"""The report's offload section: what was in force, what it cost, what would be better."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..report import Section
+from .config import OffloadConfig
+from .memory import gib
+from .plan import MIN_GAIN, OffloadPlan
+
+
+@dataclass
+class Outcome:
+    """What one run did. None: not known, or there was nothing to know.
+
+    manager: "classic" or "dynamic"; budget_bytes: cap for weights and buffers; depth: blocks
+    staged ahead, -1 for ComfyUI's own streaming; num_jumps: blocks that did not follow the one
+    before (skipped by a cache, for example); copy_rates: pinned and pageable bytes per second.
+    """
+
+    reason: str | None = None
+    no_prefetch: str | None = None
+    manager: str | None = None
+    budget_bytes: int | None = None
+    resident_bytes: int | None = None
+    streamed_bytes: int | None = None
+    pinned_bytes: int | None = None
+    total_bytes: int | None = None
+    buffer_bytes: int = 0
+    depth: int = -1
+    num_copies: int = 0
+    num_jumps: int = 0
+    num_left: int = 0
+    stall_seconds: float | None = None
+    plan: OffloadPlan | None = None
+    prefetch_gain: float | None = None
+    predicted_step_seconds: float | None = None
+    measured_step_seconds: float | None = None
+    copy_rates: tuple[float, float] | None = None
+    is_rolled_back: bool = False
+    remarks: list[str] = field(default_factory=list)
+
+
+def write(config: OffloadConfig, outcome: Outcome) -> Section:
+    """The JSON object and the lines of text."""
+    if outcome.reason is not None:
+        fields = {**_json(config, outcome), "reason": outcome.reason}
+        return Section(json=fields, lines=(f"offload: nothing done, {outcome.reason}",))
+    return Section(json=_json(config, outcome), lines=tuple(_lines(config, outcome)))
+
+
+def _json(config: OffloadConfig, outcome: Outcome) -> dict[str, Any]:
+    rates = outcome.copy_rates
+    return {
+        "mode": config.mode,
+        "manager": outcome.manager,
+        "budget_bytes": outcome.budget_bytes,
+        "resident_bytes": outcome.resident_bytes,
+        "streamed_bytes": outcome.streamed_bytes,
+        "pinned_bytes": outcome.pinned_bytes,
+        "buffer_bytes": outcome.buffer_bytes,
+        "prefetch_blocks": max(outcome.depth, 0),
+        "no_prefetch": outcome.no_prefetch,
+        "block_copies": outcome.num_copies,
+        "jumps": outcome.num_jumps,
+        "stall_seconds": outcome.stall_seconds,
+        "plan": None if outcome.plan is None else _plan_json(outcome.plan),
+        "predicted_step_seconds": outcome.predicted_step_seconds,
+        "measured_step_seconds": outcome.measured_step_seconds,
+        "prefetch_gain_at_most": outcome.prefetch_gain,
+        "pinned_bytes_per_second": None if rates is None else rates[0],
+        "pageable_bytes_per_second": None if rates is None else rates[1],
+        "rolled_back": outcome.is_rolled_back,
+    }
+
+
+def _plan_json(plan: OffloadPlan) -> dict[str, Any]:
+    return {
+        "resident_bytes": plan.resident_bytes,
+        "resident_blocks": list(plan.resident_blocks),
+        "prefetch_blocks": max(plan.depth, 0),
+        "call_seconds": plan.forecast.seconds,
+        "stall_seconds": plan.forecast.stall_seconds,
+        "why": plan.why,
+    }
+
+
+def _lines(config: OffloadConfig, outcome: Outcome) -> list[str]:
+    lines = [_headline(config, outcome)]
+    if outcome.measured_step_seconds is not None:
+        parts = [f"step {outcome.measured_step_seconds:.3f} s"]
+        if outcome.predicted_step_seconds is not None:
+            parts.append(f"predicted {outcome.predicted_step_seconds:.3f} s")
+        if outcome.stall_seconds is not None:
+            parts.append(f"{outcome.stall_seconds:.3f} s of it waiting for copies")
+        lines.append("  " + ", ".join(parts))
+    if outcome.copy_rates is not None:
+        pinned, pageable = (rate / 1e9 for rate in outcome.copy_rates)
+        lines.append(f"  copies: {pinned:.1f} GB/s pinned, {pageable:.1f} GB/s pageable (measured)")
+    if outcome.plan is not None:
+        lines.append(f"  plan: {outcome.plan.why}")
+    if outcome.is_rolled_back:
+        lines.append("  the plan was rolled back: with it a step took over 3 % longer")
+    gain = outcome.prefetch_gain
+    if config.mode == "auto" and gain is not None and gain >= MIN_GAIN and not outcome.no_prefetch:
+        lines.append(
+            f"  block prefetch could save up to {gain:.0%} of a step (estimated): try mode speed"
+        )
+    if outcome.no_prefetch and config.mode not in ("auto", "off"):
+        lines.append(f"  no block prefetch: {outcome.no_prefetch}")
+    return lines + [f"  {remark}" for remark in outcome.remarks]
+
+
+def _headline(config: OffloadConfig, outcome: Outcome) -> str:
+    known = outcome.resident_bytes, outcome.streamed_bytes
+    if None in known:
+        return f"offload: {config.mode}, {outcome.manager}, the model was not loaded"
+    budget = "no cap" if outcome.budget_bytes is None else f"budget {gib(outcome.budget_bytes)} GiB"
+    resident, streamed = (gib(size or 0) for size in known)
+    ahead = f", {outcome.depth} blocks ahead" if outcome.depth > 0 else ""
+    return (
+        f"offload: {config.mode}, {outcome.manager}, {budget}: {resident} GiB resident, "
+        f"{streamed} streamed{ahead}, buffers {gib(outcome.buffer_bytes)}"
+    )

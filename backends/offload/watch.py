@@ -1,0 +1,63 @@
+"""MemoryWatch: the device's memory over one run, by stage, with or without the offload node.
+
+Stages: load (until the first model call), sampling (until the run ends), and decode: what happened
+between the run before and this one, so its decode and the text encoding. Holds numbers only.
+"""
+
+from typing import TYPE_CHECKING
+
+from ..report import Section
+from . import device, host
+from .memory import MemoryUse, merged, section
+
+if TYPE_CHECKING:
+    from ..run import Run
+
+
+class MemoryWatch:
+    """The memory section of one run."""
+
+    def __init__(self, run: "Run"):
+        self._patcher = run.patcher
+        self._device = run.patcher.load_device
+        self._before = host.loaded_models(run.patcher)
+        self._stages: dict[str, int | None] = {"load": None, "sampling": None, "decode": None}
+        if run.id > 1:
+            self._stages["decode"] = device.used_peak(self._device)
+        device.reset_peak(self._device)
+
+    def before_call(self) -> None:
+        """The first model call ends the load stage."""
+        if self._stages["load"] is None:
+            self._seen("load")
+            device.reset_peak(self._device)
+
+    def after_call(self) -> None:
+        """A model call has ended, or raised."""
+        self._seen("sampling")
+
+    def section(self) -> Section:
+        """Called when sampling is over, before the models are let go."""
+        counted = device.free_and_total(self._device)
+        if counted is not None:
+            self._seen("sampling" if self._stages["load"] is not None else "load")
+        return section(
+            MemoryUse(
+                device=str(self._device),
+                total_bytes=None if counted is None else counted[1],
+                reserve_bytes=0 if counted is None else host.reserve_bytes(),
+                stages=dict(self._stages),
+                models=merged(self._before, host.loaded_models(self._patcher)),
+                flags=host.start_flags(),
+            )
+        )
+
+    def close(self) -> None:
+        """What comes next is the decode: its peak is counted from here."""
+        device.reset_peak(self._device)
+        self._patcher = None
+
+    def _seen(self, stage: str) -> None:
+        used = device.used_peak(self._device)
+        if used is not None:
+            self._stages[stage] = max(used, self._stages[stage] or 0)

@@ -138,7 +138,7 @@ PACK = {
 
 
 def values(num_rows, num_columns, rank):
-    """Plain test tensors by layout; 16-bit tensors are raw patterns, a permutation sees no dtype."""
+    """Plain test tensors by layout; 16-bit ones are raw patterns (a permutation sees no dtype)."""
 
     def of(rows, columns):
         return value(*grid(rows, columns))

@@ -156,7 +156,7 @@ def up_to_file(plain: torch.Tensor) -> torch.Tensor:
     return parts.permute(0, 3, 2, 5, 1, 4, 6).reshape(num_rows, rank)
 
 
-# ---- modulation weights (AWQ): int16 halves [N/4, K/64, row4, block2, j8], nibble t: k = 8t + j ----
+# ---- modulation (AWQ): int16 halves [N/4, K/64, row4, block2, j8], nibble t holds k = 8t + j ----
 def awq_from_file(packed: torch.Tensor) -> torch.Tensor:
     """File qweight int32 [N/4, K/2] -> plain bytes [N, K/2] of codes 0..15."""
     num_rows, num_columns = packed.shape[0] * 4, packed.shape[1] * 2
@@ -172,7 +172,7 @@ def awq_to_file(plain: torch.Tensor) -> torch.Tensor:
     num_rows, num_columns = codes.shape
     parts = codes.view(num_rows // 4, 4, num_columns // 64, 2, 4, 8).permute(0, 2, 1, 3, 4, 5)
     parts = parts.to(torch.int32)
-    halves = sum(parts[..., t, :] << (4 * t) for t in range(4))
+    halves = torch.stack([parts[..., t, :] << (4 * t) for t in range(4)]).sum(0)
     # a 16-bit pattern above 32767 is a negative int16
     halves = torch.where(halves > 32767, halves - 65536, halves).to(torch.int16)
     return halves.contiguous().view(torch.int32).view(num_rows // 4, num_columns // 2)

@@ -1,0 +1,11 @@
+"""The model families whose SVDQuant files can be read and written, as data."""
+
+from .data import Block, Family, Grid, Layer, Piece
+from .flux import FLUX
+from .qwen_image import QWEN_IMAGE
+from .z_image import Z_IMAGE
+
+FAMILIES: tuple[Family, ...] = (FLUX, QWEN_IMAGE, Z_IMAGE)
+SUPPORTED = ", ".join(family.title for family in FAMILIES)
+
+__all__ = ["FAMILIES", "SUPPORTED", "Block", "Family", "Grid", "Layer", "Piece"]

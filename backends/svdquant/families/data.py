@@ -1,0 +1,140 @@
+"""The vocabulary of a family file: which file layers make up which layer of ComfyUI's network.
+
+Layers inside blocks are named as Nunchaku's newer files name them (diffusers' names, q/k/v fused);
+`aliases` turn the older names into these. One table serves both directions: reading takes the
+first choice whose layers are all in the file, converting writes the first choice.
+"""
+
+import re
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+Shapes = dict[str, tuple[int, ...]]  # tensor name in ComfyUI's network -> shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A file layer, or part i of n equal row ranges of it.
+
+    unsigned: its int4 input is shifted to be non-negative (a topology rule, not a key).
+    """
+
+    name: str
+    part: tuple[int, int] = (0, 1)
+    unsigned: bool = False
+
+
+Grid = tuple[tuple[Piece, ...], ...]  # rows of output features, each of pieces over input features
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """One layer of ComfyUI's network within a block.
+
+    choices: alternatives of what the file may hold; the first one is Nunchaku's.
+    sizes: heights of the grid's rows (widths of its columns) in units of the hidden size, for
+    converting; -1 is the rest. chunks: for a modulation layer, how many vectors it makes.
+    """
+
+    target: str
+    choices: tuple[Grid, ...]
+    sizes: tuple[int, ...] = (-1,)
+    chunks: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """Blocks `source`.i of the file are blocks `target`.i of the network.
+
+    copies: (file name, network name) of tensors that are not quantised, by prefix.
+    """
+
+    source: str
+    target: str
+    layers: tuple[Layer, ...]
+    copies: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Everything needed to read and write the files of one model family.
+
+    id, title: for the report and for people; model_class: in Nunchaku's metadata; dialect: the one
+    that Nunchaku reads this family in; markers: file layers or tensors that only this family has
+    (all of one tuple); native: the same in ComfyUI's own names; aliases: (block, older name,
+    name); rest: (file prefix, network prefix) outside the blocks; swapped: network layers whose
+    halves (scale, shift) are exchanged; diffusers_config: the `config` metadata from the network's
+    tensor shapes.
+    """
+
+    id: str
+    title: str
+    model_class: str
+    dialect: str
+    markers: tuple[tuple[str, ...], ...]
+    native: tuple[str, ...]
+    blocks: tuple[Block, ...]
+    rest: tuple[tuple[str, str], ...]
+    diffusers_config: Callable[[Shapes], dict[str, Any]]
+    aliases: tuple[tuple[str, str, str], ...] = ()
+    swapped: frozenset[str] = field(default_factory=frozenset)
+
+    def canonical(self, name: str) -> str:
+        """The layer or tensor name with older names inside blocks replaced."""
+        match = re.match(r"([a-z_]+)\.(\d+)\.(.+)$", name)
+        if match is None:
+            return name
+        block, index, inner = match.groups()
+        for in_block, old, new in self.aliases:
+            if block == in_block and (inner == old or inner.startswith(old + ".")):
+                return f"{block}.{index}.{new}{inner[len(old) :]}"
+        return name
+
+    def written(self, name: str) -> str:
+        """Inverse of canonical: the name that this family's files have."""
+        if self.dialect != "nunchaku-1":
+            return name
+        match = re.match(r"([a-z_]+)\.(\d+)\.(.+)$", name)
+        if match is None:
+            return name
+        block, index, inner = match.groups()
+        for in_block, old, new in self.aliases:
+            if block == in_block and (inner == new or inner.startswith(new + ".")):
+                return f"{block}.{index}.{old}{inner[len(new) :]}"
+        return name
+
+    def matches(self, names: Collection[str]) -> bool:
+        """Whether a file with these layer and tensor names is of this family."""
+        known = set(names)
+        return any(all(mark in known for mark in marks) for marks in self.markers)
+
+    def matches_native(self, names: Collection[str]) -> bool:
+        """The same for a file in ComfyUI's own names."""
+        known = set(names)
+        return all(mark in known for mark in self.native)
+
+
+def one(name: str, *, unsigned: bool = False) -> Grid:
+    """The whole layer is one file layer."""
+    return ((Piece(name=name, unsigned=unsigned),),)
+
+
+def part(name: str, index: int, count: int) -> Grid:
+    """The layer is one of several equal row ranges of a file layer."""
+    return ((Piece(name=name, part=(index, count)),),)
+
+
+def rows(*names: str) -> Grid:
+    """The layer is file layers one below the other: their outputs are concatenated."""
+    return tuple((Piece(name=name),) for name in names)
+
+
+def columns(*pieces: Piece) -> Grid:
+    """The layer is file layers side by side: their inputs are concatenated, outputs added."""
+    return (tuple(pieces),)
+
+
+def layer(target: str, *choices: Grid, sizes: tuple[int, ...] = (-1,), chunks: int = 0) -> Layer:
+    """A Layer; see there."""
+    return Layer(target=target, choices=choices, sizes=sizes, chunks=chunks)

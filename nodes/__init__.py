@@ -3,10 +3,13 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .attention import SlipstreamAttention
+from .cache import SlipstreamCache, SlipstreamCacheDiT
 from .report import SlipstreamReport
 
 NODES: list[type[io.ComfyNode]] = [
     SlipstreamAttention,
+    SlipstreamCache,
+    SlipstreamCacheDiT,
     SlipstreamReport,
 ]
 

@@ -54,11 +54,11 @@ class SlipstreamAttention(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "dense_first_steps", default=1, min=0, max=10000, optional=True, advanced=True,
-                    tooltip="Exact kernels only on this many steps at the start: they set the picture's layout.",
+                    tooltip="Only exact kernels on this many first steps: they set the layout.",
                 ),
                 io.Int.Input(
                     "dense_last_steps", default=1, min=0, max=10000, optional=True, advanced=True,
-                    tooltip="Exact kernels only on this many steps at the end: they set fine detail.",
+                    tooltip="Only exact kernels on this many last steps: they set fine detail.",
                 ),
                 io.String.Input(
                     "dense_blocks", default="", optional=True, advanced=True,
@@ -69,7 +69,7 @@ class SlipstreamAttention(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "min_tokens", default=1024, min=0, max=1 << 24, optional=True, advanced=True,
-                    tooltip="Calls shorter than this many tokens stay exact: 8-bit kernels gain nothing there.",
+                    tooltip="Calls shorter than this many tokens stay exact: little to gain there.",
                 ),
                 io.Boolean.Input(
                     "probe", default=True, optional=True, advanced=True,
@@ -88,12 +88,12 @@ class SlipstreamAttention(io.ComfyNode):
                 io.Float.Input(
                     "max_rel_l1", default=0.05, min=0.0, max=10.0, step=0.005, optional=True,
                     advanced=True,
-                    tooltip="The check fails above this relative error; 0.05 is 5 % of the mean magnitude.",
+                    tooltip="The check fails above this relative error (0.05 = 5 % of the mean).",
                 ),
                 io.Float.Input(
                     "min_cos", default=0.995, min=-1.0, max=1.0, step=0.001, optional=True,
                     advanced=True,
-                    tooltip="The check fails below this cosine similarity; 1 is identical direction.",
+                    tooltip="The check fails below this cosine similarity (1 = same direction).",
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The patched MODEL: wire it to any sampler.")],

@@ -24,7 +24,7 @@ from .timings import Timings
 APPROXIMATE_DEFAULTS = ("attention_comfy_kitchen_int8", "attention_sage", "attention3_sage")
 
 Attention = Callable[..., torch.Tensor]
-Key = tuple[Any, ...]  # a BlockKey first
+Key = tuple[Any, ...]  # ((block type, index), ordinal, shapes, dtype, ...): see BoundCall.key
 
 
 class AttentionRun:
@@ -105,29 +105,23 @@ class BoundCall:
     ) -> Key:
         """What decides about a call. options: transformer_options; kwargs: of the call."""
         place = block_id(options)
-        if place is None and self.owner.ordinals_shift:
-            block = BlockKey("call", 0, 0)
-        else:
+        ordinals = self.ordinals
+        if place is not None or not self.owner.ordinals_shift:
             place = place or ("call", 0)
-            ordinal = self.ordinals.get(place, 0)
-            self.ordinals[place] = ordinal + 1
-            block = BlockKey(place[0], place[1], ordinal)
+            ordinal = ordinals.get(place, 0)
+            ordinals[place] = ordinal + 1
+        else:
+            place, ordinal = ("call", 0), 0
         return (
-            block, q.shape, k.shape, q.dtype, q.device, None if mask is None else mask.dtype,
-            skip_reshape, kwargs.get("scale"), kwargs.get("low_precision_attention", True),
-            self.dense_step,
+            place, ordinal, q.shape, k.shape, q.dtype, q.device,
+            None if mask is None else mask.dtype, skip_reshape, kwargs.get("scale"),
+            kwargs.get("low_precision_attention", True), self.dense_step,
         )  # fmt: skip
 
-    def declines(self, q: torch.Tensor, k: torch.Tensor, kwargs: dict[str, Any]) -> bool:
-        """Whether this call is already known to be ComfyUI's own; if so it is counted."""
-        before = dict(self.ordinals)
-        key = self.key(
-            q, k, kwargs.get("mask"), kwargs.get("skip_reshape", False),
-            kwargs.get("transformer_options") or {}, kwargs,
-        )  # fmt: skip
+    def declines(self, key: Key) -> bool:
+        """Whether the call is known to be ComfyUI's own; then it is counted here."""
         entry = self.owner.entries.get(key)
         if entry is None or entry.kernel is not None:
-            self.ordinals = before  # the call comes again, as tensors
             return False
         self.owner.num_attention_calls += 1
         self._count(entry)
@@ -147,13 +141,10 @@ class BoundCall:
         options: dict[str, Any],
         default: Callable[[], torch.Tensor],
     ) -> torch.Tensor:
-        """One attention call. options: scale, enable_gqa, low_precision_attention as passed."""
+        """A call that `declines` did not take. options: the call's scale, enable_gqa and so on."""
         owner = self.owner
         owner.num_attention_calls += 1
         entry = owner.entries.get(key)
-        if entry is not None and entry.kernel is None:
-            self._count(entry)
-            return default()
         views = read_call(
             q, k, v, heads, mask=mask, skip_reshape=skip_reshape,
             enable_gqa=options.get("enable_gqa", False), scale=options.get("scale"),
@@ -176,7 +167,7 @@ class BoundCall:
         func: Attention,
         default: Callable[[], torch.Tensor],
     ) -> tuple[Entry, torch.Tensor | None]:
-        owner, block = self.owner, key[0]
+        owner, block = self.owner, BlockKey(*key[0], key[1])
         owner.default_name = owner.default_name or func.__name__
         request = request_of(
             views, low_precision=options.get("low_precision_attention", True) is not False,
@@ -205,10 +196,10 @@ class BoundCall:
             return None
         due = entry.probes == 1 and self.step >= owner.run.num_steps // 2
         shared = entry.block.block_type == "call" and owner.ordinals_shift
-        if kernel.category == APPROXIMATE and entry.probes and (due or shared):
-            if not owner.planner.check_again(entry, out, views):
-                entry.kernel = None
-                return None
+        checked = kernel.category == APPROXIMATE and entry.probes and (due or shared)
+        if checked and not owner.planner.check_again(entry, out, views):
+            entry.kernel = None
+            return None
         return out
 
     def _count(self, entry: Entry) -> None:

@@ -83,11 +83,18 @@ def _attention(
     else:
         ids = {"block_type": block_type, "block_index": block_index} if block_type else {}
         key = call.key(q, k, mask, skip_reshape, ids, options)
-        out = call.attend(
-            key, function, q, k, v, heads, mask, skip_reshape, skip_output_reshape, options, default
-        )
+        out = (
+            default()
+            if call.declines(key)
+            else call.attend(
+                key, function, q, k, v, heads, mask, skip_reshape, skip_output_reshape, options,
+                default,
+            )
+        )  # fmt: skip
     out = out.contiguous()
-    return out.clone() if out.untyped_storage().data_ptr() == q.untyped_storage().data_ptr() else out
+    return (
+        out.clone() if out.untyped_storage().data_ptr() == q.untyped_storage().data_ptr() else out
+    )
 
 
 def _attention_shape(

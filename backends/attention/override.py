@@ -40,31 +40,44 @@ class Override:
                 options, kwargs,
             )  # fmt: skip
         call: BoundCall | None = options.get(BOUND)
+        layout = {
+            "mask": mask, "attn_precision": attn_precision, "skip_reshape": skip_reshape,
+            "skip_output_reshape": skip_output_reshape,
+        }  # fmt: skip
+        if call is not None and not call.inside:
+            key = call.key(q, k, mask, skip_reshape, options, kwargs)
+            if not call.declines(key):
 
-        def default() -> torch.Tensor:
-            previous, inside = self.previous, call is not None and call.inside
-            if previous is None:
-                return func(
-                    q, k, v, heads, mask=mask, attn_precision=attn_precision,
-                    skip_reshape=skip_reshape, skip_output_reshape=skip_output_reshape, **kwargs,
-                )  # fmt: skip
-            if call is not None:
-                call.inside = True
-            try:
-                return previous(
-                    func, q, k, v, heads, mask=mask, attn_precision=attn_precision,
-                    skip_reshape=skip_reshape, skip_output_reshape=skip_output_reshape, **kwargs,
-                )  # fmt: skip
-            finally:
-                if call is not None:
-                    call.inside = inside
+                def default() -> torch.Tensor:
+                    return self._pass_on(call, func, q, k, v, heads, layout, kwargs)
 
-        if call is None or call.inside:
-            return default()
-        key = call.key(q, k, mask, skip_reshape, options, kwargs)
-        return call.attend(
-            key, func, q, k, v, heads, mask, skip_reshape, skip_output_reshape, kwargs, default
-        )
+                return call.attend(
+                    key, func, q, k, v, heads, mask, skip_reshape, skip_output_reshape, kwargs,
+                    default,
+                )  # fmt: skip
+        return self._pass_on(call, func, q, k, v, heads, layout, kwargs)
+
+    def _pass_on(
+        self,
+        call: BoundCall | None,
+        func: Attention,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        heads: int,
+        layout: dict[str, Any],
+        kwargs: dict[str, Any],
+    ) -> torch.Tensor:
+        """The call as it came, to the override that was there before us, else to ComfyUI's."""
+        if self.previous is None:
+            return func(q, k, v, heads, **layout, **kwargs)
+        if call is None:
+            return self.previous(func, q, k, v, heads, **layout, **kwargs)
+        inside, call.inside = call.inside, True
+        try:
+            return self.previous(func, q, k, v, heads, **layout, **kwargs)
+        finally:
+            call.inside = inside
 
     def _traced(
         self,
@@ -97,6 +110,15 @@ class Override:
         assert function is not None
         options = kwargs.get("transformer_options") or {}
         call: BoundCall | None = options.get(BOUND)
-        if self.previous is None and (call is None or call.declines(q.peek(), k.peek(), kwargs)):
+        if self.previous is None and (call is None or call.inside):
             return function(q, k, v, heads, **kwargs)
+        if self.previous is None and call is not None:
+            ordinals = dict(call.ordinals)
+            key = call.key(
+                q.peek(), k.peek(), kwargs.get("mask"), kwargs.get("skip_reshape", False),
+                options, kwargs,
+            )  # fmt: skip
+            if call.declines(key):
+                return function(q, k, v, heads, **kwargs)
+            call.ordinals = ordinals  # the same call comes again, with tensors
         return self(function, q.take(), k.take(), v.take(), heads, **kwargs)

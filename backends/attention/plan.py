@@ -27,7 +27,7 @@ Answer = Callable[[], torch.Tensor]
 
 @dataclass
 class Entry:
-    """What answers one kind of call. `kernel` None: ComfyUI's own function (or an earlier patch)."""
+    """What answers one kind of call. kernel None: ComfyUI's function (or an earlier patch)."""
 
     block: BlockKey
     request: Request
@@ -75,7 +75,9 @@ class Planner:
     ) -> tuple[Entry, torch.Tensor | None]:
         """The Entry for this call, and the call's result if a kernel made one (else None)."""
         entry = Entry(block, request)
-        shut = closed(self.config, request, dense_step=dense_step, dense_block=dense_block)
+        shut = None
+        if self.approximate:
+            shut = closed(self.config, request, dense_step=dense_step, dense_block=dense_block)
         if shut is None:
             approximate, entry.reasons = filter_kernels(self.approximate, request, self.disabled)
         else:
@@ -87,8 +89,8 @@ class Planner:
                 return entry, self._try(entry, self.last_resort, views, probe_now=False)
             entry.refused = bool(rejected) or shut is None
             if request.device_type != "cuda" and self.config.policy != "manual":
-                entry.reasons = {"shut": shut} if shut else {}
-                entry.reasons[DEFAULT] = ON_CPU.format(request.device_type)
+                on_cpu = {DEFAULT: ON_CPU.format(request.device_type)}
+                entry.reasons = {**on_cpu, "schedule": shut} if shut else on_cpu
             return entry, None
         best_exact, approximate = self._rank(
             entry, approximate, exact, views, default, default_is_exact=default_is_exact
@@ -210,9 +212,7 @@ class Planner:
             entry.verdict = verdict
         why = verdict.against(self.config.max_rel_l1, self.config.min_cos)
         if why is not None:
-            entry.reasons[entry.kernel.id] = (
-                f"{entry.kernel.id} failed the accuracy check ({why})"
-            )
+            entry.reasons[entry.kernel.id] = f"{entry.kernel.id} failed the accuracy check ({why})"
         return why is None
 
 

@@ -1,4 +1,4 @@
-"""Pure decisions: which steps and blocks stay exact, and which kernels a policy may try, in order."""
+"""Pure decisions: which steps and blocks stay exact, which kernels a policy may try, in order."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

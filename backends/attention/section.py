@@ -1,4 +1,4 @@
-"""What the attention of a run reports: JSON, lines, and the picture of kernels per layer and step."""
+"""What the attention of a run reports: JSON, lines, and kernel per layer and step."""
 
 from collections import Counter
 from typing import TYPE_CHECKING, Any

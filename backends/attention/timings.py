@@ -4,6 +4,7 @@ The file is JSON in ComfyUI's user folder, written atomically; a damaged or fore
 ignored and written anew.
 """
 
+import itertools
 import json
 import os
 import time
@@ -38,9 +39,8 @@ def measure_ms(call: Callable[[], Any], device: torch.device) -> float:
             call()
             event.record()
         events[-1].synchronize()
-    return sorted(a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False))[
-        _REPEATS // 2
-    ]
+    times = sorted(a.elapsed_time(b) for a, b in itertools.pairwise(events))
+    return times[_REPEATS // 2]
 
 
 def bucket(tokens: int) -> int:

@@ -89,7 +89,7 @@ def test_one_graph_serves_two_applications_and_the_plain_model():
 
 
 def test_one_graph_serves_two_models_of_one_class():
-    """torch 2.11 shares the graph between models, so a per-model handle would pick the wrong run."""
+    """torch 2.11 shares the graph between models: a handle per model would pick the wrong run."""
     one, two = FakeKernel("one"), FakeKernel("two")
     first, second = compiled(patched(one, fake(1))), compiled(patched(two, fake(2)))
     want = sample(patched(FakeKernel("x"), fake(2)), NOISE, steps=2)

@@ -64,7 +64,7 @@ def test_missing_package_with_an_explicit_backend(monkeypatch):
 
     for name in ("sageattention", "flash_attn_interface"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(AttentionError, match="Backend 'sage1' is not available: .*pip install"):
+    with pytest.raises(AttentionError, match=r"Backend 'sage1' is not available: .*pip install"):
         apply_attention(None, AttentionConfig(policy="manual", backend="sage1"))
     with pytest.raises(AttentionError, match="Backend 'flash3' is not available"):
         apply_attention(None, AttentionConfig(policy="manual", backend="flash3"))

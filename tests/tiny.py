@@ -2,7 +2,8 @@
 
 `load(family)` gives a fresh ModelPatcher: through a file and ComfyUI's detection where a small
 file can exist (FAMILIES), else built in memory (IN_MEMORY). Random weights compare mechanisms,
-never image quality. Needs a ComfyUI, not pytest. Sizes: tiny_image.py, tiny_video.py.
+never image quality. Needs a ComfyUI, not pytest. Sizes: tiny_image.py, tiny_video.py,
+tiny_more.py.
 """
 
 import functools
@@ -13,11 +14,12 @@ from typing import Any
 
 import comfy_home
 import tiny_image
+import tiny_more
 import tiny_video
 import torch
 from tiny_family import Family
 
-ALL = tiny_image.FAMILIES | tiny_video.FAMILIES
+ALL = tiny_image.FAMILIES | tiny_video.FAMILIES | tiny_more.FAMILIES
 FAMILIES = tuple(name for name, family in ALL.items() if family.in_file)
 IN_MEMORY = tuple(name for name, family in ALL.items() if not family.in_file)
 

@@ -21,7 +21,8 @@ ARCHITECTURES = (
         notes=Notes(
             remarks=(
                 "attention calls per block: 2, image-to-video 3",
-                "e is [B, 6, dim], or [B, frames, 6, dim] with a timestep per frame (5B, S2V)",
+                "e is [B, 1, 6, dim], or [B, frames, 6, dim] with a timestep per frame (5B, S2V);"
+                " VACE and camera models make it [B, 6, dim]",
             )
         ),
     ),

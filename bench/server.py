@@ -110,6 +110,8 @@ class Server:
         if self.models is not None:
             link_folder(self.base / "models", self.models)
         inherited = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        if self.cpu:  # one thread per core stalls as soon as anything else runs
+            inherited.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 2) // 2, 1)))
         quiet = {"PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
         with self.log_path.open("wb") as log:
             self.process = subprocess.Popen(

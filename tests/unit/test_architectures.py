@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from comfy_home import PACK_ROOT
 from slipstream.backends.architectures import (
     ARCHITECTURES,
     Architecture,
@@ -213,3 +214,14 @@ def test_drift_reports_blocks_that_cannot_reach_the_override():
     assert any("forward takes no transformer_options" in s for s in drift(wrong, DummyNet()))
     silent = replace(wrong, notes=Notes(reaches_override=False))
     assert drift(silent, DummyNet()) == []
+
+
+def test_the_guide_shows_the_real_file():
+    guide = (PACK_ROOT / "docs" / "adding-an-architecture.md").read_text()
+    example = (PACK_ROOT / "backends" / "architectures" / "aura_flow.py").read_text()
+    tiny = (PACK_ROOT / "tests" / "tiny_more.py").read_text()
+    blocks = [block.partition("\n")[2] for block in guide.split("```python")[1:]]
+    facts, model = (block.partition("```")[0] for block in blocks)
+    assert facts == example
+    assert model in tiny
+    assert len(facts.splitlines()) + 2 + len(model.splitlines()) < 40

@@ -65,6 +65,6 @@ def compare(out: torch.Tensor, reference: torch.Tensor) -> tuple[float, float, b
     error_, total_, dot_, norms_ = torch.stack((error, total, dot, norms)).tolist()
     if not all(math.isfinite(x) for x in (error_, total_, dot_, norms_)):
         return math.inf, 0.0, False
-    if norms_ == 0.0:  # one of the two is zero everywhere
-        return (0.0, 1.0, True) if error_ == 0.0 else (error_ / (total_ or error_), 0.0, True)
-    return error_ / total_, dot_ / norms_, True
+    if total_ == 0.0:
+        return (0.0, 1.0, True) if error_ == 0.0 else (math.inf, 0.0, True)
+    return error_ / total_, dot_ / norms_ if norms_ else 0.0, True

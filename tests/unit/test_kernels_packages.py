@@ -1,4 +1,4 @@
-"""Kernels of optional packages, with faked packages: what they are given, and why they are absent."""
+"""Kernels of optional packages, faked: what they are given, and why they are not available."""
 
 import builtins
 import inspect
@@ -121,7 +121,7 @@ def sage_2():
     return module
 
 
-# --- why a package is not available ---------------------------------------------------------------
+# --- why a package is not available ---
 
 
 @pytest.mark.parametrize("kind", ALL)
@@ -234,7 +234,7 @@ def test_kitchen_on_a_gpu_it_does_not_support(install, monkeypatch):
     assert CkInt8().available() is None
 
 
-# --- what a package is given ----------------------------------------------------------------------
+# --- what a package is given ---
 
 
 def loaded(kernel: PackageKernel) -> PackageKernel:
@@ -413,7 +413,7 @@ def test_installed_kitchen_has_what_the_kernel_calls():
         assert CkInt8().available() is None  # the device rule speaks for a CPU
 
 
-# --- operands -------------------------------------------------------------------------------------
+# --- operands ---
 
 
 def test_aligned_copies_only_what_kernels_cannot_read():

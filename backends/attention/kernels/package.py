@@ -9,7 +9,6 @@ import shutil
 import sys
 from importlib import metadata
 
-
 # What a wheel for another torch or CUDA raises: a symbol, a shared library, a version check.
 BROKEN = (ImportError, OSError, RuntimeError, AttributeError)
 

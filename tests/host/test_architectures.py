@@ -81,6 +81,15 @@ def test_animate2_never_calls_its_blocks():
     assert recording.visits == []
 
 
+def test_unet_levels_are_never_called():
+    patcher = tiny.load("sdxl")
+    architecture = find(patcher.model.diffusion_model)
+    levels = tuple(replace(stack, children=False) for stack in architecture.stacks)
+    recording = record(patcher, "sdxl", replace(architecture, stacks=levels))
+    assert recording.num_override > 0
+    assert recording.visits == []
+
+
 def test_varying_attention_calls_vary():
     """attention_calls=None is for stacks of which two blocks, or two models, differ."""
     counts = {}

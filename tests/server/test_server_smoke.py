@@ -7,6 +7,7 @@ import queue_client
 from fake_packages import COMFYUI_DIES_OF, OPTIONAL, broken_packages
 from isolated_server import PACKS, isolated_server
 from pack_nodes import node_ids
+from smoke_prompt import digest, flux_prompt
 
 NODE_IDS = node_ids()
 TEST_NODES = {"SlipstreamTestConditioning", "SlipstreamTestModel", "SlipstreamTestDigest"}
@@ -24,43 +25,6 @@ def test_every_node_belongs_to_this_pack(server):
     assert not [
         n for n in listed if n.startswith("Slipstream") and n not in {*NODE_IDS, *TEST_NODES}
     ]
-
-
-def flux_prompt(*, seed: int, steps: int = 2) -> dict:
-    return {
-        "model": {
-            "class_type": "UNETLoader",
-            "inputs": {"unet_name": "tiny_flux.safetensors", "weight_dtype": "default"},
-        },
-        "text": {
-            "class_type": "SlipstreamTestConditioning",
-            "inputs": {"tokens": 8, "dim": 768, "seed": 1},
-        },
-        "latent": {
-            "class_type": "EmptySD3LatentImage",
-            "inputs": {"width": 128, "height": 128, "batch_size": 1},
-        },
-        "sampler": {
-            "class_type": "KSampler",
-            "inputs": {
-                "model": ["model", 0],
-                "positive": ["text", 0],
-                "negative": ["text", 0],
-                "latent_image": ["latent", 0],
-                "seed": seed,
-                "steps": steps,
-                "cfg": 1.0,
-                "sampler_name": "euler",
-                "scheduler": "simple",
-                "denoise": 1.0,
-            },
-        },
-        "digest": {"class_type": "SlipstreamTestDigest", "inputs": {"samples": ["sampler", 0]}},
-    }
-
-
-def digest(result: queue_client.Result) -> str:
-    return result.outputs["digest"]["text"][0]
 
 
 def test_queue_runs_caches_and_tells_seeds_apart(server):

@@ -15,6 +15,7 @@ from .curve import draw_curve
 from .grid import draw_grid
 
 MAX_NOTES = 5
+MAX_REASONS = 3
 
 
 def draw(report: Report) -> Any:
@@ -65,25 +66,30 @@ def _header(record: RunRecord) -> Any:
 
 
 def _techniques(record: RunRecord) -> Any:
-    """One row per technique: the first line it has to say, what stands before the colon apart."""
-    said = [section.lines[0] for section in record.sections.values() if section.lines]
+    """Per technique: the first line it has to say, what stands before the colon apart, and below
+    it the next lines (reasons), muted."""
+    said = [section.lines for section in record.sections.values() if section.lines]
     if not said:
         return _paragraph("No technique had anything to report in this run.", canvas.MUTED)
-    rows = [line.partition(": ") if ": " in line else ("", "", line) for line in said]
-    labels = [canvas.fit(head, canvas.BODY, 420) for head, _, _ in rows]
+    heads = [line.partition(": ") if ": " in line else ("", "", line) for line, *_ in said]
+    labels = [canvas.fit(head, canvas.BODY, 420) for head, _, _ in heads]
     left = canvas.MARGIN + max(canvas.width_of(label, canvas.BODY) for label in labels)
     left += 40 if any(labels) else 0
     room = canvas.WIDTH - canvas.MARGIN - left
-    wrapped = [canvas.wrap(rest, canvas.BODY, room, 3) for _, _, rest in rows]
-    image, pen = canvas.sheet(sum(38 * len(lines) + 16 for lines in wrapped) + 36)
-    y = 28
-    for label, lines in zip(labels, wrapped, strict=True):
-        canvas.write(pen, canvas.MARGIN, y, label, canvas.BODY, canvas.MUTED)
-        for line in lines:
-            canvas.write(pen, left, y, line, canvas.BODY)
-            y += 38
-        y += 16
-    return image
+    strips = []
+    for label, (_, _, text), (_, *reasons) in zip(labels, heads, said, strict=True):
+        lines = [
+            (line, canvas.BODY, canvas.TEXT) for line in canvas.wrap(text, canvas.BODY, room, 3)
+        ]
+        for reason in reasons[:MAX_REASONS]:
+            shown = canvas.wrap(reason, canvas.SMALL, room, 2)
+            lines += [(line, canvas.SMALL, canvas.MUTED) for line in shown]
+        image, pen = canvas.sheet(38 * len(lines) + 16)
+        canvas.write(pen, canvas.MARGIN, 28, label, canvas.BODY, canvas.MUTED)
+        for number, (line, size, colour) in enumerate(lines):
+            canvas.write(pen, left, 28 + 38 * number, line, size, colour)
+        strips.append(image)
+    return canvas.stack(strips, above=0, below=36)
 
 
 def _notes(record: RunRecord) -> Any:

@@ -65,10 +65,10 @@ def sheet(height: int) -> tuple[Any, Any]:
     return image, ImageDraw.Draw(image)
 
 
-def stack(strips: list[Any]) -> Any:
-    """One picture: `strips` below each other, with the margin above and below."""
-    image, _ = sheet(sum(s.height for s in strips) + 2 * MARGIN)
-    top = MARGIN
+def stack(strips: list[Any], *, above: int = MARGIN, below: int = MARGIN) -> Any:
+    """One picture: `strips` below each other, with empty rows above and below."""
+    image, _ = sheet(sum(strip.height for strip in strips) + above + below)
+    top = above
     for strip in strips:
         image.paste(strip, (0, top))
         top += strip.height

@@ -9,10 +9,11 @@ from ..architectures import Architecture, stack_blocks
 from ..run import CALL, ModelCall, Run
 from .borders import BorderCheck
 from .decisions import Decision, Decisions, Event, branch_name
+from .mechanism import Deciding
 from .stack import Probe, StackBlock, StackOverride, Streams, logical_stack
 
 
-class BlockCache:
+class BlockCache(Deciding):
     """The mechanism: middle blocks of a stack are computed or replaced by what they added before.
 
     front, back: blocks at either end that always run; probe: TeaCache's metric (front is 0 then).
@@ -32,8 +33,7 @@ class BlockCache:
     ):
         wraps = architecture.notes.diffusion_model_wrappers
         self.hook = "diffusion_model" if wraps else "apply_model"
-        self.decisions = decisions
-        self.events: list[Event] = []
+        super().__init__(decisions)
         self._run, self._architecture = run, architecture
         self._front, self._back, self._probe = front, back, probe
         self._stacks: dict[int, tuple[StackBlock, ...]] = {}
@@ -66,7 +66,7 @@ class BlockCache:
         return output
 
     def close(self) -> None:
-        self.decisions.close()
+        super().close()
         self._stacks.clear()
         self._layouts.clear()
 

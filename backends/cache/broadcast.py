@@ -14,7 +14,7 @@ import torch
 from ..attention.request import BlockKey
 from ..run import CALL, BranchKey, ModelCall, Run, with_options
 from .config import CacheConfig
-from .decisions import Decision, Event, branch_name
+from .decisions import Decision, Decisions, Event, branch_name
 from .schedule import ASK, Schedule
 
 OVERRIDE = "optimized_attention_override"
@@ -53,6 +53,7 @@ class Broadcast:
 
     hook = "diffusion_model"
     unit = "attention calls"
+    decisions: Decisions | None = None
 
     def __init__(self, run: Run, config: CacheConfig, schedule: Schedule, *, hook: str):
         self.hook = hook
@@ -169,4 +170,4 @@ class _OneCall:
         where = ("call", 0) if index is None else (str(options.get("block_type", "block")), index)
         ordinal = self._ordinals.get(where, 0)
         self._ordinals[where] = ordinal + 1
-        return BlockKey(*where, ordinal)
+        return BlockKey(where[0], where[1], ordinal)

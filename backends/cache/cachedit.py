@@ -66,13 +66,12 @@ class CacheDitEngine:
         self._contexts: dict[Hashable, Any] = {}
         self._num_streams: dict[Hashable, int] = {}
 
-        class Context(caching.CachedContext):  # its own count would be of calls, not evaluations
-            evaluation = 0
-
-            def get_current_step(self) -> int:
-                return self.evaluation
-
-        self._context_class = Context
+        # A context counts calls as steps by itself; ours is told the evaluation.
+        self._context_class = type(
+            "EvaluationContext",
+            (caching.CachedContext,),
+            {"evaluation": 0, "get_current_step": lambda context: context.evaluation},
+        )
 
     def begin(self, key: Hashable, evaluation: int) -> None:
         context = self._contexts.get(key)

@@ -8,17 +8,17 @@ from typing import Any
 
 from ..run import BranchKey, ModelCall, Run
 from .decisions import Decisions, Event
+from .mechanism import Deciding
 
 
-class CfgReuse:
+class CfgReuse(Deciding):
     """The mechanism: the second of two conds is computed or reconstructed."""
 
     hook = "calc_cond_batch"
     unit = "branches"
 
     def __init__(self, run: Run, decisions: Decisions):
-        self.decisions = decisions
-        self.events: list[Event] = []
+        super().__init__(decisions)
         self._run = run
         self._evaluation = -1
         self._occurrences: dict[Any, int] = {}
@@ -42,9 +42,6 @@ class CfgReuse:
         cond, uncond = executor(*args, **kwargs)
         self.decisions.store(call, (uncond - cond,), signature)
         return [cond, uncond]
-
-    def close(self) -> None:
-        self.decisions.close()
 
     def _call(self, conds: Any, options: dict[str, Any]) -> ModelCall:
         """The pair's place in the run: both conds' uuids, occurrence and window."""

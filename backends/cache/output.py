@@ -14,8 +14,9 @@ import torch
 from ..run import CALL, ModelCall
 from .builtin import BuiltinEngine
 from .config import CacheConfig
-from .decisions import Decisions, Event, branch_name
+from .decisions import Event, branch_name
 from .engine import Answer, Streams, limit_reached
+from .mechanism import Deciding
 
 _SAMPLES = 1 << 16  # elements of the input that are compared
 
@@ -73,15 +74,11 @@ class OutputEngine(BuiltinEngine):
         self._previous.clear()
 
 
-class OutputCache:
+class OutputCache(Deciding):
     """The mechanism: whole model calls are computed or reused."""
 
     hook = "apply_model"
     unit = "model calls"
-
-    def __init__(self, decisions: Decisions):
-        self.decisions = decisions
-        self.events: list[Event] = []
 
     def call(self, executor: Any, args: Any, kwargs: dict[str, Any], options: Any) -> Any:
         """An APPLY_MODEL call: the denoised latent, computed or from the kept prediction."""
@@ -105,6 +102,3 @@ class OutputCache:
         if bool((t > 0).all()):
             self.decisions.store(call, ((denoised - x) / sigma,), signature)
         return denoised
-
-    def close(self) -> None:
-        self.decisions.close()

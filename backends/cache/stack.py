@@ -5,7 +5,7 @@ are. A reused call's middle blocks hand their input on, and the last of them add
 Torch and the architecture data only; when to reuse is the caller's business.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -59,7 +59,9 @@ def logical_stack(network: torch.nn.Module, architecture: Architecture) -> tuple
 
 
 @contextmanager
-def overridden(forwards: list[tuple[torch.nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+def overridden(
+    forwards: Sequence[tuple[torch.nn.Module, Callable[..., Any]]],
+) -> Iterator[None]:
     """Each module's instance-level forward, put back afterwards to what it was.
 
     A block that was compiled in place (Module.compile) keeps its compiled call in another slot.

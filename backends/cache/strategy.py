@@ -5,7 +5,7 @@ choice that cannot be had raises ValueError with one sentence.
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -18,9 +18,10 @@ from .broadcast import Broadcast
 from .builtin import BuiltinEngine
 from .cfg import CfgReuse
 from .config import BLOCK_STRATEGIES, CacheConfig
-from .decisions import Decider, Decisions, Event
+from .decisions import Decider, Decisions
 from .engine import Engine
 from .interval import IntervalEngine
+from .mechanism import Mechanism
 from .output import OutputCache, OutputEngine
 from .schedule import SCM_SHARES, Schedule, counts_mask, make_mask, named_mask, parse_counts
 from .teacache import TeaCacheEngine, coefficients_of, threshold_of
@@ -29,18 +30,6 @@ from .unet import DeepCache
 FEWEST_STEPS = 6  # below, comparing steps has nothing to go by
 AUTO_SCM_BELOW = 8
 _COMPARING = ("cache-dit", "fbcache", "taylorseer", "teacache")
-
-
-class Mechanism(Protocol):
-    """What acts in the model calls of one run."""
-
-    hook: str  # diffusion_model, apply_model or calc_cond_batch: the wrapper it works in
-    unit: str  # what its events count as blocks
-    events: list[Event]
-
-    def call(self, executor: Any, args: Any, kwargs: dict[str, Any], options: Any) -> Any: ...
-
-    def close(self) -> None: ...
 
 
 @dataclass(frozen=True)

@@ -80,9 +80,7 @@ class TeaCacheEngine(BuiltinEngine):
         self._totals.pop(key, None)
 
 
-def _probe_dual(
-    block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> torch.Tensor:
+def _probe_dual(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     """Modulated image input of a Flux double block (comfy/ldm/flux/layers.py, 0.33)."""
     block = getattr(block, "_orig_mod", block)
     modulation, _ = block.img_mod(kwargs["vec"])
@@ -90,9 +88,7 @@ def _probe_dual(
     return normed * (1 + modulation.scale[:, :1]) + modulation.shift[:, :1]
 
 
-def _probe_wan(
-    block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> torch.Tensor:
+def _probe_wan(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     """The projected time embedding, as TeaCache4Wan2.1 takes it with use_ret_steps."""
     return kwargs["e"].clone()
 
@@ -127,7 +123,7 @@ WAN_14B_I2V = Coefficients(
 )
 
 
-def _wan(network: torch.nn.Module) -> Coefficients:
+def _wan(network: Any) -> Coefficients:
     """By depth and kind: 40 layers are the 14B models, fewer the 1.3B ones."""
     if len(network.blocks) < 40:
         return WAN_1_3B

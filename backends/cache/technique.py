@@ -9,8 +9,9 @@ from ..report import Section
 from ..run import Run
 from .config import CacheConfig
 from .decisions import Decider
+from .mechanism import Mechanism
 from .section import section, zero_reuse_sentence
-from .strategy import Mechanism, choose, look_at, make_mechanism, settle
+from .strategy import choose, look_at, make_mechanism, settle
 
 NAME = "cache"
 _NO_THRESHOLD = ("scm", "deepcache", "pab", "fastercache-cfg")
@@ -57,7 +58,7 @@ class CacheState:
 
     def section(self) -> Section:
         mechanism, config, run = self.mechanism, self.config, self._run
-        decisions = getattr(mechanism, "decisions", None)
+        decisions = mechanism.decisions
         engine = "builtin" if decisions is None else decisions.engine.label
         compares = config.strategy not in _NO_THRESHOLD and not (
             decisions is not None and decisions.schedule.num_asked == 0
@@ -74,15 +75,14 @@ class CacheState:
             run.note(warning)
         elif run.num_calls and not mechanism.events:
             run.note(f"{config.strategy} never saw a call it could work on: nothing reused")
-        peak = mechanism if decisions is None else decisions
         return section(
             strategy=config.strategy,
             engine=engine,
             unit=mechanism.unit,
             events=mechanism.events,
-            layers=getattr(mechanism, "layers", {}),
+            layers=mechanism.layers,
             threshold=threshold,
-            peak_bytes=peak.peak_bytes,
+            peak_bytes=mechanism.peak_bytes,
             num_evaluations=run.evaluation + 1,
             settings=asdict(config),
         )

@@ -14,21 +14,20 @@ from ..architectures import Architecture, called_modules, stack_blocks
 from ..run import CALL, ModelCall
 from .blocks import adds_between, signature_of
 from .decisions import Decisions, Event, branch_name
+from .mechanism import Deciding
 from .stack import forward_slot, overridden
 
 Level = tuple[str, int]  # block_type, index
 
 
-class DeepCache:
+class DeepCache(Deciding):
     """The mechanism. full_level: compute the whole finest level, not only its outermost part."""
 
     hook = "diffusion_model"
     unit = "U-Net levels"
 
     def __init__(self, architecture: Architecture, decisions: Decisions, *, full_level: bool):
-        self.decisions = decisions
-        self.events: list[Event] = []
-        self.layers: dict[tuple[str, int], bool] = {}  # (level, evaluation) -> reused
+        super().__init__(decisions)
         self._stacks = {stack.block_type: stack for stack in architecture.stacks}
         self._full_level = full_level
         self._shapes: dict[tuple[Any, Level], torch.Size] = {}
@@ -65,7 +64,7 @@ class DeepCache:
         return output
 
     def close(self) -> None:
-        self.decisions.close()
+        super().close()
         self._shapes.clear()
 
     def _levels(self, network: torch.nn.Module) -> dict[Level, list[torch.nn.Module]]:

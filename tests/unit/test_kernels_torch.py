@@ -35,6 +35,7 @@ MASKS = {
     "bool": torch.rand(2, 1, 33, 21, generator=torch.Generator().manual_seed(2)) > 0.4,
     "keys": torch.rand(2, 1, 1, 21, generator=torch.Generator().manual_seed(3)) > 0.4,
     "bias": torch.randn(1, 4, 33, 21, generator=torch.Generator().manual_seed(4)),
+    "2d": torch.randn(33, 21, generator=torch.Generator().manual_seed(5)),
 }
 MASKS["empty row"] = MASKS["bool"].clone()
 MASKS["empty row"][:, :, 5] = False
@@ -182,7 +183,7 @@ def test_aten_ops_get_padded_heads_and_the_scale_of_the_real_ones(op, head_dim, 
         assert torch.allclose(lse.double(), wanted_lse, atol=2e-6)
 
 
-@pytest.mark.parametrize("mask", ["bool", "keys", "bias"])
+@pytest.mark.parametrize("mask", ["bool", "keys", "bias", "2d"])
 def test_aten_ops_that_take_masks_get_a_bias(op, mask):
     kernel, calls = op
     if kernel.id == "flash_sdpa":

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..request import Request
-from . import rules
+from . import operands, rules
 from .base import APPROXIMATE
 from .package import PackageKernel, UnavailableError, version_of
 
@@ -63,6 +63,7 @@ class CkInt8(PackageKernel):
         want_lse: bool = False,
     ) -> torch.Tensor:
         assert not want_lse
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-        out: torch.Tensor = self._attention(q, k, v, scale=scale, attn_mask=mask)
+        q, k, v = map(operands.aligned, (q, k, v))
+        with operands.on_device_of(q):
+            out: torch.Tensor = self._attention(q, k, v, scale=scale, attn_mask=mask)
         return out.contiguous()

@@ -50,7 +50,8 @@ class Cudnn:
         scale = head_dim**-0.5 if scale is None else scale
         bias = None if mask is None else operands.additive(mask, q.dtype)
         if bias is not None:
-            bias = bias.expand(q.shape[0], bias.shape[-3], q.shape[2], k.shape[2])
+            bias_heads = bias.shape[-3] if bias.ndim > 2 else 1
+            bias = bias.expand(q.shape[0], bias_heads, q.shape[2], k.shape[2])
         q, k, v = (operands.aligned(operands.pad_head_dim(x)) for x in (q, k, v))
         out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
             q, k, v, bias, want_lse, 0.0, False, False, scale=scale

@@ -129,8 +129,11 @@ def user_folder() -> Path | None:
 
 
 def show_text(text: str, node_id: str | None) -> None:
-    """Show text on a node while its prompt runs; does nothing without a server."""
+    """Show text on a node while its prompt runs; does nothing without a server.
+
+    The page reads it as Markdown: two spaces keep a line's end (frontend 1.49).
+    """
     server = sys.modules.get("server")
     instance = getattr(getattr(server, "PromptServer", None), "instance", None)
     if instance is not None and node_id is not None:
-        instance.send_progress_text(text, node_id)
+        instance.send_progress_text(text.replace("\n", "  \n"), node_id)

@@ -53,6 +53,8 @@ async function reportOnNode() {
   const onNode = shown.widgets.some((value) => value.includes(tiny.text)) || written > 0;
   say('the text is on the node', onNode, JSON.stringify(shown));
   say('the text is in the page', written > 0, tiny.text);
+  const breaks = await page.getByText(tiny.text, { exact: false }).first().locator('br').count();
+  say('the text keeps its lines', breaks > 0, String(breaks));
   say('the picture is on the node', shown.images > 0, JSON.stringify(shown));
   await page.screenshot({ path: pictureFile });
 }

@@ -82,6 +82,7 @@ def test_run_from_the_page_finishes(checks):
 def test_report_is_on_the_node(checks):
     holds(checks, "the text is on the node")
     holds(checks, "the text is in the page")
+    holds(checks, "the text keeps its lines")
     holds(checks, "the picture is on the node")
 
 

@@ -85,10 +85,14 @@ class ModelCall:
     cond_or_uncond: tuple[int, ...]  # 0 = cond, 1 = uncond, per chunk of the batch
     num_blocks: int | None = None  # set by whoever decides which blocks run
     skipped_blocks: frozenset[int] = frozenset()  # indices over all stacks, in execution order
+    open_from: int | None = None  # blocks from here on wait for a decision
 
     def next_blocks(self, after: int) -> Iterator[int]:
         """Indices of the blocks behind `after` that will run in this call, as far as decided."""
-        for index in range(after + 1, self.num_blocks or 0):
+        end = self.num_blocks or 0
+        if self.open_from is not None:
+            end = min(end, self.open_from)
+        for index in range(after + 1, end):
             if index not in self.skipped_blocks:
                 yield index
 

@@ -121,6 +121,8 @@ class _OneCall:
         self.is_sound = True  # the residual is what the blocks added, and nothing else
         if decision is not None:
             self._publish(decision)
+        else:
+            call.open_from = front  # offload must not copy weights of blocks that may be skipped
         self.override = StackOverride(
             blocks,
             front=front,
@@ -158,6 +160,7 @@ class _OneCall:
 
     def _publish(self, decision: Decision) -> None:
         self.call.skipped_blocks = self._skippable if decision.reuse else frozenset()
+        self.call.open_from = None
 
     def _close_check(self, check: BorderCheck) -> None:
         """Take note of what the first call showed. Raises ValueError if the join is not known."""

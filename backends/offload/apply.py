@@ -85,7 +85,7 @@ def _check_manual(model: Any, config: OffloadConfig) -> None:
     if reason is not None:
         raise OffloadError(f"{reason}: set prefetch to -1; the budget still applies.")
     _check_depth(model, config)
-    needed = buffer_bytes(model, config) + _small_bytes(model)
+    needed = buffer_bytes(model, config) + small_bytes(model)
     if config.budget_bytes < min(needed, total):
         name = type(comfy.diffusion_model(model)).__name__
         raise OffloadError(
@@ -107,7 +107,8 @@ def _check_depth(model: Any, config: OffloadConfig) -> None:
         )
 
 
-def _small_bytes(model: Any) -> int:
+def small_bytes(model: Any) -> int:
+    """Bytes of the weights that ComfyUI's dynamic mode loads whatever the cap."""
     network = comfy.diffusion_model(model)
     sizes = (sum(p.nbytes for p in m.parameters(recurse=False)) for m in network.modules())
     return sum(size for size in sizes if size <= _SMALL_BYTES)

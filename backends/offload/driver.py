@@ -13,7 +13,8 @@ from . import host
 from .blocks import Unit, hooks
 from .timing import BlockTimes
 
-Upcoming = Callable[[int], Iterator[int] | None]  # blocks behind this one; None: not decided yet
+# Behind one block: the blocks that are sure to run in this call, and whether that is all of them.
+Upcoming = Callable[[int], tuple[set[int], bool]]
 
 
 class PrefetchError(RuntimeError):

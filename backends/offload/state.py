@@ -146,14 +146,12 @@ class OffloadState:
             driver.close()
 
     def _upcoming(self, call: "ModelCall") -> Upcoming:
-        """Which blocks will run behind one: all, unless a cache decides, now or later."""
+        """Which blocks will run behind one: all, unless a cache decides or is still to decide."""
 
-        def behind(block: int) -> Iterator[int] | None:
-            if call.num_blocks is not None:
-                return call.next_blocks(block)
-            if "cache" in self._run.states:
-                return None
-            return iter(range(block + 1, self._num_blocks))
+        def behind(block: int) -> tuple[set[int], bool]:
+            if call.num_blocks is None:
+                return set(range(block + 1, self._num_blocks)), True
+            return set(call.next_blocks(block)), call.open_from is None
 
         return behind
 

@@ -5,9 +5,8 @@ while their block runs; afterwards the very same Parameter objects are back. Lat
 blocks are copied when they come.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from inspect import signature
 from itertools import islice
 from typing import Any
@@ -113,7 +112,7 @@ class Streamer(BlockDriver):
         self._free: list[Slot] = []
         self._ran: set[int] = set()
         self._last = -1
-        self._upcoming: Upcoming = partial(_all_behind, len(self.units))
+        self._upcoming: Upcoming | None = None
         self._allocate(device)
 
     @property
@@ -173,15 +172,16 @@ class Streamer(BlockDriver):
 
     def _ahead(self, at: int) -> list[int]:
         """The units to stage behind `at`: those to run next, then the next call's first ones."""
-        upcoming = self._upcoming(self.units[at].block)
-        if upcoming is None:
-            return []
-        blocks = set(upcoming) | {self.units[at].block}
+        assert self._upcoming is not None
+        block = self.units[at].block
+        blocks, is_all = self._upcoming(block)
+        blocks.add(block)
         behind = (one for one in self._streamed if one > at and self.units[one].block in blocks)
         found = list(islice(behind, self.depth))
-        # What this call began with, the next will most likely begin with too.
-        again = (one for one in sorted(self._ran) if one in self._streamed and one != at)
-        found.extend(islice((one for one in again if one not in found), self.depth - len(found)))
+        if is_all:  # what this call began with, the next will most likely begin with too
+            again = (one for one in self._streamed if one in self._ran and one != at)
+            missing = self.depth - len(found)
+            found.extend(islice((one for one in again if one not in found), missing))
         return found
 
     def _stage(self, at: int) -> None:
@@ -200,10 +200,6 @@ class Streamer(BlockDriver):
         slot.copied = self._lane.copied()
         self._staged[at] = slot
         self.num_copies += 1
-
-
-def _all_behind(num_blocks: int, block: int) -> Iterator[int]:
-    return iter(range(block + 1, num_blocks))
 
 
 def _cut(buffer: torch.Tensor, offset: int, size: int) -> torch.Tensor:

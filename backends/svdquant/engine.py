@@ -1,0 +1,87 @@
+"""Which kernel computes which segment of a loaded model, and what to say about it.
+
+Chosen once per kind of segment and device: the kernel that was asked for, else by measurement on
+a GPU, else the first that can. Counts and reasons are for the report; no tensors are kept.
+"""
+
+import logging
+from dataclasses import dataclass, field
+
+import torch
+
+from .errors import BackendError
+from .kernels import KERNELS, Kernel, LayerRequest
+from .linear import Session
+from .weight import Segment
+
+log = logging.getLogger("slipstream")
+FALLBACKS = ("kitchen", "dequant")  # what stands in where the kernel that was asked for cannot
+
+
+def request_of(segment: Segment, device: torch.device) -> LayerRequest:
+    """What the eligibility rules need to know of a segment on a device."""
+    capability = None
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+    return LayerRequest(
+        precision=segment.facts.precision,
+        device_type=device.type,
+        dtype=str(segment.dtype).removeprefix("torch."),
+        num_rows=segment.facts.num_rows,
+        num_columns=segment.facts.num_columns,
+        unsigned=segment.facts.unsigned,
+        capability=capability,
+        is_hip=torch.version.hip is not None,
+    )
+
+
+@dataclass
+class Engine:
+    """backend: as asked for; order: kernel ids by measured speed per precision (auto only)."""
+
+    backend: str = "auto"
+    order: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)  # kernel id -> why it does not run
+    session: Session | None = None
+    kernels: tuple[Kernel, ...] = KERNELS
+    _chosen: dict[LayerRequest, Kernel] = field(default_factory=dict)
+
+    def kernel(self, segment: Segment, x: torch.Tensor) -> Kernel:
+        """The kernel for a segment whose input is x."""
+        request = request_of(segment, x.device)
+        if request not in self._chosen:
+            self._chosen[request] = self.choose(request)
+        return self._chosen[request]
+
+    def candidates(self, precision: str) -> list[Kernel]:
+        """In the order of preference; reference only if asked for."""
+        by_id = {kernel.id: kernel for kernel in self.kernels}
+        if self.backend != "auto":
+            ids = [self.backend, *FALLBACKS]
+        else:
+            measured = self.order.get(precision, ())
+            ids = [*measured, *(i for i in by_id if i not in (*measured, "nunchaku", "reference"))]
+        return [by_id[i] for i in dict.fromkeys(ids) if i in by_id]
+
+    def choose(self, request: LayerRequest) -> Kernel:
+        """The first candidate that can; notes why those before it cannot."""
+        for kernel in self.candidates(request.precision):
+            reason = kernel.available() or kernel.ineligible(request)
+            if reason is None:
+                return kernel
+            if kernel.id not in self.reasons:
+                log.info("SVDQuant %s is not used: %s", kernel.id, reason)
+            self.reasons.setdefault(kernel.id, reason)
+        raise AssertionError("dequant takes every segment")
+
+    def require(self, requests: list[LayerRequest]) -> None:
+        """Raise BackendError if the backend that was asked for can compute none of these."""
+        if self.backend == "auto" or not requests:
+            return
+        kernel = next(k for k in self.kernels if k.id == self.backend)
+        reasons = [kernel.available() or kernel.ineligible(request) for request in requests]
+        if all(reasons):
+            raise BackendError(
+                f"backend {self.backend} cannot run this model here: {reasons[0]}. "
+                "Choose backend auto or dequant."
+            )

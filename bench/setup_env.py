@@ -85,11 +85,15 @@ def venv_python(folder: Path) -> Path:
     return folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 
-def cannot_run(python: str, probe: str = _PROBE) -> str | None:
+def cannot_run(python: str, probe: str | None = None) -> str | None:
     """Why `python` fails to run `probe` (by default what ComfyUI imports at start), or None."""
     try:
         done = subprocess.run(
-            [python, "-c", probe], capture_output=True, text=True, timeout=300, env=clean_env()
+            [python, "-c", probe or _PROBE],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env=clean_env(),
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)

@@ -4,8 +4,8 @@ Shapes and conventions are those of `attention_pytorch` and `_reshape_qkv_to_hea
 comfy/ldm/modules/attention.py). Nothing is copied where a view can say the same.
 """
 
-from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import torch
 
@@ -17,8 +17,7 @@ _DTYPE_NAMES = {
 }
 
 
-@dataclass(frozen=True)
-class Views:
+class Views(NamedTuple):
     """One call as kernels take it: q [B,H,Nq,D], k and v [B,Hkv,Nk,D], mask for [B,H,Nq,Nk]."""
 
     q: torch.Tensor
@@ -47,9 +46,9 @@ def read_call(
     if not skip_reshape:
         batch, head_dim = q.shape[0], q.shape[-1] // heads
         kv_heads = k.shape[-1] // head_dim if enable_gqa else heads
-        q = q.reshape(batch, -1, heads, head_dim).transpose(1, 2)
-        k = k.reshape(batch, -1, kv_heads, head_dim).transpose(1, 2)
-        v = v.reshape(batch, -1, kv_heads, head_dim).transpose(1, 2)
+        q = _split_heads(q, batch, heads, head_dim)
+        k = _split_heads(k, batch, kv_heads, head_dim)
+        v = _split_heads(v, batch, kv_heads, head_dim)
     elif k.shape[0] != q.shape[0]:  # torch's SDPA broadcasts a batch of one
         k = k.expand(q.shape[0], -1, -1, -1)
         v = v.expand(q.shape[0], -1, -1, -1)
@@ -59,6 +58,15 @@ def read_call(
         if mask.ndim == 3:
             mask = mask.unsqueeze(1)
     return Views(q, k, v, mask, scale)
+
+
+def _split_heads(x: torch.Tensor, batch: int, heads: int, head_dim: int) -> torch.Tensor:
+    """[B,N,H*D] or [B,N,H,D] as [B,H,N,D]; one view op where two would take twice as long."""
+    if x.ndim == 3 and x.shape[0] == batch and x.shape[2] == heads * head_dim:
+        batch_stride, token_stride, stride = x.stride()
+        strides = (batch_stride, head_dim * stride, token_stride, stride)
+        return x.as_strided((batch, heads, x.shape[1], head_dim), strides)
+    return x.reshape(batch, -1, heads, head_dim).transpose(1, 2)
 
 
 def write_output(out: torch.Tensor, *, skip_output_reshape: bool) -> torch.Tensor:

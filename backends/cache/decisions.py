@@ -167,8 +167,8 @@ class Decisions:
             self.is_monotone = False
         self._sigma, self._evaluation, self._step = sigma, call.evaluation, call.step
         self._leader, self._leader_key = None, call.key
-        last = call.evaluation - _FORGET_AFTER
-        for key in [key for key, seen in self._seen.items() if seen < last]:
+        oldest = call.evaluation - _FORGET_AFTER - 1
+        for key in [key for key, seen in self._seen.items() if seen < oldest]:
             self._drop(key)
 
     def _drop(self, key: Hashable) -> None:

@@ -1,5 +1,7 @@
 """CacheConfig: the ratio table, presets, round trip, and a sentence for every bad value."""
 
+import itertools
+
 import pytest
 from slipstream.backends.cache.config import PRESETS, STRATEGIES, CacheConfig, from_preset
 
@@ -29,7 +31,7 @@ def test_ratio_table(ratio):
 
 def test_more_ratio_is_never_more_careful():
     configs = [CacheConfig.from_ratio(i / 20) for i in range(21)]
-    for careful, fast in zip(configs, configs[1:], strict=False):
+    for careful, fast in itertools.pairwise(configs):
         assert fast.residual_diff_threshold > careful.residual_diff_threshold
         assert fast.max_continuous_cached_steps >= careful.max_continuous_cached_steps
         assert fast.front_blocks <= careful.front_blocks
@@ -84,16 +86,19 @@ def test_a_threshold_of_one_is_lowered_because_cache_dit_would_reuse_without_com
 def test_presets_set_what_they_name(preset):
     config, note = from_preset(preset)
     assert note is None
-    assert config.strategy == "cache-dit" and config.cache_ratio is None
+    assert config.strategy == "cache-dit"
+    assert config.cache_ratio is None
     for name, value in PRESETS[preset].items():
         assert getattr(config, name) == value
 
 
 def test_a_preset_wins_over_changed_widgets_and_says_so():
     config, note = from_preset("balanced", front_blocks=5, calibrator="taylorseer")
-    assert config.front_blocks == 1 and config.calibrator == "taylorseer"
+    assert config.front_blocks == 1
+    assert config.calibrator == "taylorseer"
     assert note == "Preset balanced wins over front_blocks 5: set preset to custom"
     custom, note = from_preset("custom", front_blocks=5)
-    assert custom.front_blocks == 5 and note is None
+    assert custom.front_blocks == 5
+    assert note is None
     with pytest.raises(ValueError, match="preset is 'best': choose one of custom, quality"):
         from_preset("best")

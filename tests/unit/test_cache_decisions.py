@@ -178,7 +178,8 @@ def test_decider_gets_what_this_process_would_do():
     seen = []
     decisions = make(decider=lambda call, reuse: seen.append(reuse) or reuse)
     log = [do(decisions, call_of(step))[0] for step in range(NUM_STEPS)]
-    assert seen == log and any(log)
+    assert seen == log
+    assert any(log)
 
 
 def test_extrapolation_stops_when_sigma_does_not_fall():
@@ -229,7 +230,8 @@ def test_close_drops_everything():
         do(decisions, call_of(step))
     assert decisions.peak_bytes > 0
     decisions.close()
-    assert decisions.engine.nbytes() == 0 and not decisions._held
+    assert decisions.engine.nbytes() == 0
+    assert not decisions._held
 
 
 def test_branch_names():

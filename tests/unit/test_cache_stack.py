@@ -238,9 +238,11 @@ def test_reuse_at_the_same_input_gives_the_same_output(kind, front, back, deltas
     recorder = Recorder(network, kind, front=front, back=back, deltas=deltas)
     computed, first = recorder.run(x, txt, reuse=False)
     assert torch.equal(computed, plain), "a computed call must not change the result"
-    assert first.stored_at == len(recorder.blocks) - 1 - back and not first.applied
+    assert first.stored_at == len(recorder.blocks) - 1 - back
+    assert not first.applied
     reused, second = recorder.run(x, txt, reuse=True)
-    assert second.applied and second.num_computed == front + back
+    assert second.applied
+    assert second.num_computed == front + back
     assert torch.allclose(reused, plain, atol=1e-5)
     assert torch.equal(recorder.metrics[0], recorder.metrics[1])
     assert clean(network)
@@ -271,7 +273,8 @@ def test_inputs_are_never_written_to(kind):
     recorder.run(x, txt, reuse=False)
     residual = [None if r is None else r.clone() for r in recorder.residual]
     recorder.run(x, txt, reuse=True)
-    assert torch.equal(x, kept[0]) and torch.equal(txt, kept[1])
+    assert torch.equal(x, kept[0])
+    assert torch.equal(txt, kept[1])
     for now, then in zip(recorder.residual, residual, strict=True):
         assert (now is None) == (then is None)
         assert now is None or torch.equal(now, then), "a reused call changed what is stored"
@@ -310,7 +313,8 @@ def test_decision_known_beforehand_asks_nothing_and_observes_if_wanted():
 
     run(None)
     run(seen.append)
-    assert len(seen) == 1 and torch.isfinite(seen[0]).all()
+    assert len(seen) == 1
+    assert torch.isfinite(seen[0]).all()
 
 
 def test_front_zero_decides_before_any_block():
@@ -344,7 +348,8 @@ def test_front_blocks_that_were_not_called_leave_no_metric():
     )  # fmt: skip
     with override:
         network(*inputs())
-    assert decided == [None] and override.num_computed == 5
+    assert decided == [None]
+    assert override.num_computed == 5
     assert "forward" not in first.__dict__
 
 
@@ -371,7 +376,8 @@ def test_an_instance_forward_that_was_there_is_called_and_put_back():
     block.__dict__["forward"] = hook
     recorder = Recorder(network, "single")
     recorder.run(*inputs(), reuse=False)
-    assert calls == [1] and block.__dict__["forward"] is hook
+    assert calls == [1]
+    assert block.__dict__["forward"] is hook
     recorder.run(*inputs(), reuse=True)
     assert calls == [1], "a skipped block must not run the hook below"
 
@@ -385,7 +391,8 @@ def test_blocks_compiled_in_place_are_skipped_too():
     x, txt = inputs()
     plain, _ = recorder.run(x, txt, reuse=False)
     reused, override = recorder.run(x, txt, reuse=True)
-    assert override.num_skipped == 5 and torch.allclose(reused, plain, atol=1e-5)
+    assert override.num_skipped == 5
+    assert torch.allclose(reused, plain, atol=1e-5)
     assert [block.__dict__["_compiled_call_impl"] for block in network.blocks] == slots
 
 
@@ -402,7 +409,8 @@ def test_borders_match_where_the_data_says_so(kind):
     check = BorderCheck()
     recorder = Recorder(network, kind)
     recorder.run(*inputs(), reuse=False, watch=check)
-    assert check.close() == (False, False) and check.reshaped is None
+    assert check.close() == (False, False)
+    assert check.reshaped is None
 
 
 def test_borders_show_an_add_between_blocks():

@@ -29,7 +29,8 @@ class Grid:
     """Rows x columns of categories: what each layer (row) did in each step (column).
 
     cells[row][column] is a key of `legend` or None (nothing happened there); legend maps a
-    category to the words shown beside its colour, in order of importance.
+    category to the words shown beside its colour, in order of importance. Row labels with a slash
+    (double/3) are gathered by what stands before it. row, column: the words for one of each.
     """
 
     title: str
@@ -37,6 +38,8 @@ class Grid:
     column_labels: tuple[str, ...]
     cells: tuple[tuple[str | None, ...], ...]
     legend: dict[str, str]
+    row: str = "layer"
+    column: str = "step"
 
 
 @dataclass(frozen=True)

@@ -113,6 +113,7 @@ def _branch_grid(events: Sequence[Event]) -> Grid:
         column_labels=tuple(str(steps[e]) for e in evaluations),
         cells=tuple(tuple(cells.get((b, e)) for e in evaluations) for b in branches),
         legend=LEGEND,
+        row="branch",
     )
 
 
@@ -127,6 +128,7 @@ def _layer_grid(layers: dict[tuple[str, int], bool]) -> Grid:
         column_labels=tuple(map(str, evaluations)),
         cells=tuple(tuple(words[layers.get((r, e))] for e in evaluations) for r in rows),
         legend=LAYER_LEGEND,
+        column="evaluation",
     )
 
 

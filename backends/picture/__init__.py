@@ -72,7 +72,7 @@ def _techniques(record: RunRecord) -> Any:
     if not said:
         return _paragraph("No technique had anything to report in this run.", canvas.MUTED)
     heads = [line.partition(": ") if ": " in line else ("", "", line) for line, *_ in said]
-    labels = [canvas.fit(head[:1].upper() + head[1:], canvas.BODY, 420) for head, _, _ in heads]
+    labels = [canvas.fit(head, canvas.BODY, 420) for head, _, _ in heads]
     left = canvas.MARGIN + max(canvas.width_of(label, canvas.BODY) for label in labels)
     left += 40 if any(labels) else 0
     room = canvas.WIDTH - canvas.MARGIN - left

@@ -90,8 +90,9 @@ def drawable(text: str) -> str:
 
 
 def counted(number: int, word: str) -> str:
-    """A number with its word: 1 step, 1,000 steps."""
-    return f"{number:,} {word}" + ("" if number == 1 else "s")
+    """A number with its word: 1 step, 1,000 steps, 2 branches."""
+    plural = "es" if word.endswith(("s", "ch", "sh", "x")) else "s"
+    return f"{number:,} {word}" + ("" if number == 1 else plural)
 
 
 def width_of(text: str, size: int) -> int:

@@ -169,7 +169,7 @@ def _draw_columns(pen: Any, grid: Grid, layout: Layout) -> None:
         x = layout.left + (layout.edges[index] + layout.edges[index + 1]) / 2 - 1
         canvas.write(pen, x, y, labels[index], canvas.TINY, canvas.FAINT, "mm")
     middle = layout.left + layout.edges[-1] / 2
-    canvas.write(pen, middle, y + 34, "step", canvas.SMALL, canvas.MUTED, "mm")
+    canvas.write(pen, middle, y + 34, grid.column, canvas.SMALL, canvas.MUTED, "mm")
 
 
 def _draw_legend(
@@ -194,7 +194,7 @@ def _draw_legend(
 
 def _size(grid: Grid) -> str:
     rows, columns = len(grid.row_labels), len(grid.column_labels)
-    return f"{canvas.counted(rows, 'layer')}, {canvas.counted(columns, 'step')}"
+    return f"{canvas.counted(rows, grid.row)}, {canvas.counted(columns, grid.column)}"
 
 
 def _share(count: int, total: int) -> str:

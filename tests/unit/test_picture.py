@@ -96,6 +96,14 @@ def test_groups_of_one_thin_row_do_not_overlap():
         assert below.top >= above.top + max(above.height, 24)
 
 
+def test_words_for_rows_and_columns():
+    assert [canvas.counted(n, w) for n, w in ((1, "branch"), (2, "branch"), (1000, "step"))] == [
+        "1 branch",
+        "2 branches",
+        "1,000 steps",
+    ]
+
+
 def test_more_layers_make_a_taller_picture_up_to_a_limit():
     heights = [picture.draw(report(layers(n, 20))).height for n in (4, 20, 57, 200)]
     assert heights[0] < heights[1]

@@ -30,6 +30,20 @@ _OPTION_FEATURES = {
 # Words in the name of a model_function_wrapper that belongs to another cache (WaveSpeed, MagCache).
 _CACHE_WORDS = ("fbcache", "first_block_cache", "wavespeed", "magcache", "teacache")
 
+# Distributions that decide which kernels run and how fast they are.
+_PACKAGES = (
+    "comfy-kitchen",
+    "sageattention",
+    "sageattn3",
+    "spas-sage-attn",
+    "flash-attn",
+    "flash-attn-3",
+    "flash-attn-4",
+    "xformers",
+    "triton",
+    "cache-dit",
+)
+
 
 def diffusion_model(patcher: Any) -> torch.nn.Module:
     """The network of a MODEL, for example comfy.ldm.flux.model.Flux."""
@@ -86,7 +100,7 @@ def versions() -> dict[str, str]:
             comfy = None
     if comfy is not None:
         found["comfyui"] = comfy.__version__
-    for package in ("comfy-kitchen", "sageattention", "flash-attn", "xformers", "cache-dit"):
+    for package in _PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

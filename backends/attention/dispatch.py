@@ -167,7 +167,7 @@ class BoundCall:
         func: Attention,
         default: Callable[[], torch.Tensor],
     ) -> tuple[Entry, torch.Tensor | None]:
-        owner, block = self.owner, BlockKey(*key[0], key[1])
+        owner, block = self.owner, BlockKey(key[0][0], key[0][1], key[1])
         owner.default_name = owner.default_name or func.__name__
         request = request_of(
             views, low_precision=options.get("low_precision_attention", True) is not False,

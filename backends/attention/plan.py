@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .config import AttentionConfig
-from .kernels.base import Kernel
+from .kernels.base import EXACT, Kernel
 from .layout import Views
 from .policy import ON_CPU, closed, filter_kernels
 from .probe import Verdict, probe
@@ -61,6 +61,7 @@ class Planner:
         self.config, self.approximate, self.exact = config, approximate, exact
         self.last_resort, self.timings = last_resort, timings
         self.disabled: dict[str, str] = {}  # kernel id -> why this run no longer uses it
+        self._checked: set[tuple[str, str, str, int]] = set()  # exact kernels, see _is_new
 
     def plan(
         self,
@@ -104,9 +105,20 @@ class Planner:
         if best_exact is None:
             entry.refused = self.config.policy == "manual"
             return entry, None
-        out = self._try(entry, best_exact, views, probe_now=False)
+        check = self.config.probe and self._is_new(best_exact, request)
+        out = self._try(entry, best_exact, views, probe_now=check)
         entry.refused = out is None
         return entry, out
+
+    def _is_new(self, kernel: Kernel, request: Request) -> bool:
+        """Whether an exact kernel meets this kind of call for the first time in the run.
+
+        Exact by construction is not exact by build: a wrong one is a black picture.
+        """
+        kind = (kernel.id, request.mask, request.dtype, request.head_dim)
+        is_new = kind not in self._checked
+        self._checked.add(kind)
+        return is_new and not request.capturing
 
     def _try(
         self, entry: Entry, kernel: Kernel, views: Views, *, probe_now: bool
@@ -122,7 +134,10 @@ class Planner:
             why = verdict.against(self.config.max_rel_l1, self.config.min_cos)
             entry.verdict = verdict
             if why is not None:
-                entry.reasons[kernel.id] = f"{kernel.id} failed the accuracy check ({why})"
+                sentence = f"{kernel.id} failed the accuracy check ({why})"
+                entry.reasons[kernel.id] = sentence
+                if kernel.category == EXACT:  # broken, not imprecise: no layer will like it
+                    self.disabled[kernel.id] = sentence
                 return None
         entry.kernel = kernel
         return out

@@ -63,6 +63,15 @@ def test_wrong_kernel_is_probed_out_and_the_call_is_exact():
     assert not torch.allclose(sample(trusted, NOISE, steps=4), plain, atol=1e-3)
 
 
+def test_broken_exact_kernel_is_caught_too():
+    """An exact kernel of a mismatched build is a black picture, unless somebody looks."""
+    plain = sample(FakePatcher(), NOISE, steps=3)
+    broken = FakeKernel("cudnn", "exact", bad=range(1000))
+    model = patched(broken, policy="exact")
+    assert torch.equal(sample(model, NOISE, steps=3), plain)
+    assert any("cudnn failed the accuracy check (NaN" in s for s in report(model)["reasons"])
+
+
 def test_kernel_that_goes_bad_in_mid_run_is_caught_by_the_second_probe():
     plain = sample(FakePatcher(), NOISE, steps=4)
     kernel = FakeKernel("late", bad=(8,))  # the first layer's call at step 2 of 4

@@ -42,6 +42,18 @@ CONFLICTS: tuple[Conflict, ...] = (
         "other_cache",
         "Slipstream Cache and another pack's cache both skip steps: remove one of them.",
     ),
+    Conflict(
+        "svdquant",
+        "model_merge",
+        "A model merge scales the weights of a quantised layer, which 4-bit weights cannot do: "
+        "merge the 16-bit models first and convert the result, or remove the merge.",
+    ),
+    Conflict(
+        "svdquant_calibrate",
+        "torch_compile",
+        "SVDQuant Calibrate cannot see the inputs of compiled layers: calibrate without "
+        "torch.compile.",
+    ),
 )
 
 

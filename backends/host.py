@@ -71,6 +71,8 @@ def features(patcher: Any) -> set[str]:
             found.add("other_cache")
     if getattr(patcher, "additional_models", {}).get("multigpu"):
         found.add("multigpu_cfg_split")
+    if hasattr(patcher, "slipstream_features"):  # a patcher of ours that knows more
+        found |= patcher.slipstream_features()
     return found
 
 

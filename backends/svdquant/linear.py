@@ -22,6 +22,7 @@ class Session:
 
     def __init__(self) -> None:
         self.terms: dict[Any, Terms | None] = {}
+        self.ran: dict[str, set[str]] = {}  # layer -> ids of the kernels that computed it
         self._shared: SharedInput | None = None
 
     def share(self, x: torch.Tensor, segment: Segment, layer: Any) -> "SharedInput | None":

@@ -18,7 +18,7 @@ from .weight import QuantWeight, effective
 
 RANK_STEP = 16
 _MAX_EXACT_RANK = 256  # a LoHa of higher rank is kept as a dense delta
-MERGE = (
+MERGE = (  # conflicts.py says the same before sampling starts
     "A model merge scales the weights of a quantised layer, which 4-bit weights cannot do. "
     "Merge the 16-bit models first and convert the result, or remove the merge."
 )
@@ -37,6 +37,10 @@ class _Draft:
     others: list[Kron | Dense] = field(default_factory=list)
     out_factor: torch.Tensor | None = None
     in_factor: torch.Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.segments[0].q.device
 
     def current(self, rows: slice) -> torch.Tensor:
         """Rows of the dense weight after the patches so far."""
@@ -168,13 +172,16 @@ def _apply(draft: _Draft, strength: float, value: Any, offset: Any) -> None:
     row, column = (start, 0) if dim == 0 else (0, start)
     shape = (length, num_columns) if dim == 0 else (num_rows, length)
     if kind == "diff":
-        matrix = (value[0] if len(value) == 1 else value[1][0]).float()
+        matrix = (value[0] if len(value) == 1 else value[1][0]).to(draft.device, torch.float32)
         if tuple(matrix.shape) != shape:
-            raise UnsupportedPatchError(f"diff of shape {list(matrix.shape)}")
-        draft.others.append(Dense(matrix.float() * strength, row, column))
+            raise UnsupportedPatchError(
+                f"diff of shape {list(matrix.shape)} for a layer {list(shape)}"
+            )
+        draft.others.append(Dense(matrix * strength, row, column))
         return
     build = {"lora": _lora, "loha": _loha, "lokr": _lokr}[kind]
-    term, dora = build(value.weights, shape)
+    weights = [w.to(draft.device) if isinstance(w, torch.Tensor) else w for w in value.weights]
+    term, dora = build(weights, shape)
     if dora is not None:
         _dora(draft, strength, term, dora.float(), row, column, shape)
     else:
@@ -255,7 +262,7 @@ def _dora(
         factor = dora.reshape(-1) / (norms + eps)
         if shape[1] != num_columns:
             raise UnsupportedPatchError("DoRA on a part of the columns")
-        whole = torch.ones(num_rows)
+        whole = torch.ones(num_rows, device=draft.device)
         whole[row : row + shape[0]] = 1 - strength + strength * factor
         draft.scale_rows(whole)
         _add(draft, _scaled(term, rows=factor), strength, row, column)
@@ -264,11 +271,11 @@ def _dora(
         raise UnsupportedPatchError("DoRA per input channel on a part of the rows")
     trial = _Draft(draft.weight, [*draft.pairs], [*draft.others], draft.out_factor, draft.in_factor)
     _add(trial, term, 1.0, row, column)
-    squares = torch.zeros(num_columns)
+    squares = torch.zeros(num_columns, device=draft.device)
     for start in range(0, num_rows, 1024):
         squares += trial.current(slice(start, min(start + 1024, num_rows))).square().sum(0)
     factor = dora.reshape(-1) / (squares.sqrt()[column : column + shape[1]] + eps)
-    whole = torch.ones(num_columns)
+    whole = torch.ones(num_columns, device=draft.device)
     whole[column : column + shape[1]] = 1 - strength + strength * factor
     draft.scale_columns(whole)
     _add(draft, _scaled(term, columns=factor), strength, row, column)

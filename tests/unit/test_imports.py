@@ -43,7 +43,13 @@ COMFYUI = {
     "server",
 }
 # The modules that may touch ComfyUI, and who in parallel/ may use them.
-HOSTS = {"backends/host.py", "backends/offload/host.py"}
+HOSTS = {
+    "backends/host.py",
+    "backends/offload/host.py",
+    "backends/svdquant/host.py",
+    "backends/svdquant/host_operations.py",
+    "backends/svdquant/host_patcher.py",
+}
 HOST_USERS = {"parallel/worker.py", "parallel/apply.py"}
 
 

@@ -1,0 +1,165 @@
+"""Loads an SVDQuant file as ComfyUI's own model class (ComfyUI 0.33), and ComfyUI's files.
+
+With host_operations and host_patcher the only part of SVDQuant that knows ComfyUI. Imports happen
+when called.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import run
+from .assemble import assemble
+from .config import SVDQuantConfig
+from .dialects import DIALECTS, Checkpoint, detect
+from .engine import Engine, request_of
+from .errors import CheckpointError
+from .header import read_header
+from .host_operations import operations
+from .host_patcher import quantised_layers, with_patcher
+from .layout import wrap
+from .measure import measured_order
+from .technique import Loaded, SVDQuantTechnique
+from .weight import QuantWeight
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+FILE_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def load_svdquant(
+    path: str, config: dict[str, Any] | None = None, disable_dynamic: bool = False
+) -> Any:
+    """A MODEL (ModelPatcher) from an SVDQuant file, with the report's technique attached.
+
+    Its arguments are JSON: ComfyUI repeats the call for a clone on another device, our workers in
+    another process. Raises ValueError with the sentence for the user.
+    """
+    import comfy.model_management
+    import comfy.sd
+    import comfy.utils
+
+    settings = SVDQuantConfig.from_json(config or {})
+    checkpoint = detect(read_header(path))
+    check_widgets(checkpoint, settings)
+    device = comfy.model_management.get_torch_device()
+    dtype = pick_dtype(checkpoint, settings, device)
+    engine = Engine(settings.backend)
+    state: dict[str, Any] = {}
+    samples: dict[str, QuantWeight] = {}
+    weight_bytes = 0
+    bar = comfy.utils.ProgressBar(len(checkpoint.layers) + len(checkpoint.dense))
+    for name, value in assemble(checkpoint, dtype):
+        if isinstance(value, QuantWeight):
+            weight_bytes += value.num_bytes
+            engine_check(engine, value, device)
+            samples.setdefault(value.segments[0].facts.precision, value)
+            value = wrap(value, dtype)
+        state[name] = value
+        bar.update(1)
+    names = set(state)
+    patcher = comfy.sd.load_diffusion_model_state_dict(
+        state,
+        model_options={"custom_operations": operations(engine), "dtype": dtype},
+        disable_dynamic=disable_dynamic,
+    )
+    if patcher is None:
+        raise CheckpointError(
+            f"{checkpoint.header.path.name}: ComfyUI does not know this {checkpoint.family.title} "
+            "variant. Update ComfyUI."
+        )
+    check_names(checkpoint, patcher.model.diffusion_model, names)
+    if settings.backend == "auto":
+        engine.order = measured_order(samples, device, engine)
+    with_patcher(patcher)
+    patcher.cached_patcher_init = (load_svdquant, (str(path), settings.to_json()))
+    run.attach(patcher, technique_of(checkpoint, patcher, engine, weight_bytes))
+    return patcher
+
+
+def technique_of(
+    checkpoint: Checkpoint, patcher: Any, engine: Engine, weight_bytes: int
+) -> SVDQuantTechnique:
+    """What the report shows of this model."""
+    layers = quantised_layers(patcher.model)
+    for name, module in layers.items():
+        module.layer_name = name.removeprefix("diffusion_model.")
+    loaded = Loaded(
+        title=f"{checkpoint.family.title} ({DIALECTS[checkpoint.dialect]})",
+        family=checkpoint.family.id,
+        dialect=checkpoint.dialect,
+        weight_bytes=weight_bytes,
+        keys=tuple(f"{name}.weight" for name in layers),
+    )
+    return SVDQuantTechnique(loaded, engine)
+
+
+def engine_check(engine: Engine, weight: QuantWeight, device: torch.device) -> None:
+    """Raise BackendError if the backend that was asked for can run nothing of a 4-bit layer."""
+    requests = [request_of(s, device) for s in weight.segments if s.facts.precision != "awq"]
+    if requests and not any(s.facts.unsigned for s in weight.segments):
+        engine.require(requests)
+
+
+def check_widgets(checkpoint: Checkpoint, config: SVDQuantConfig) -> None:
+    """precision and rank are assertions: raise if the file is something else."""
+    what = {"int4": "int4 (16-bit scales, group 64)", "nvfp4": "nvfp4 (fp8 scales, group 16)"}
+    if config.precision not in ("auto", checkpoint.precision):
+        found = what.get(checkpoint.precision, checkpoint.precision)
+        raise CheckpointError(
+            f"The file is {found}, but precision={config.precision} was requested. Choose auto."
+        )
+    if config.rank and checkpoint.ranks != (config.rank,):
+        found = ", ".join(map(str, checkpoint.ranks))
+        raise CheckpointError(
+            f"The file has rank {found}, but rank={config.rank} was requested. Choose 0."
+        )
+
+
+def pick_dtype(checkpoint: Checkpoint, config: SVDQuantConfig, device: torch.device) -> torch.dtype:
+    """The dtype asked for, else the file's, else fp16 where a GPU has no bf16."""
+    import comfy.model_management
+
+    if config.dtype != "auto":
+        return DTYPES[config.dtype]
+    dtype = FILE_DTYPES[checkpoint.dtype]
+    is_gpu = device.type != "cpu"
+    if dtype is torch.bfloat16 and is_gpu and not comfy.model_management.should_use_bf16(device):
+        return torch.float16
+    return dtype
+
+
+def check_names(checkpoint: Checkpoint, network: torch.nn.Module, given: set[str]) -> None:
+    """Every tensor of the network came from the file, and the other way round.
+
+    Core only logs either; the image would be noise.
+    """
+    wanted = set(network.state_dict())
+    for name, module in network.named_modules():
+        if hasattr(module, "has_bias"):
+            wanted.add(f"{name}.weight")
+            wanted |= {f"{name}.bias"} if module.has_bias else set()
+    parts = {f"{n}.weight_" for n, m in network.named_modules() if getattr(m, "quantised", False)}
+    wanted = {n for n in wanted if not any(n.startswith(part) for part in parts)}
+    file, family = checkpoint.header.path.name, checkpoint.family.title
+    missing, extra = sorted(wanted - given), sorted(given - wanted)
+    if missing:
+        raise CheckpointError(
+            f"{file} lacks {len(missing)} tensors of {family} ({', '.join(missing[:3])}): "
+            "it is truncated or a variant that is not supported"
+        )
+    if extra:
+        raise CheckpointError(
+            f"{file} has {len(extra)} tensors that ComfyUI's {family} does not have "
+            f"({', '.join(extra[:3])}): it is a variant that is not supported"
+        )
+
+
+def model_path(name: str) -> Path:
+    """The path of a file in ComfyUI's diffusion_models folders. Raises if it is not there."""
+    import folder_paths
+
+    found = folder_paths.get_full_path("diffusion_models", name)
+    if found is None:
+        raise CheckpointError(f"{name} is not in the diffusion_models folder: refresh the list")
+    return Path(found)

@@ -1,0 +1,183 @@
+"""ComfyUI's operations with a Linear for quantised weights (ComfyUI 0.33).
+
+The layer takes its weight from wherever ComfyUI keeps it: on the device, cast per use, streamed.
+Patches never reach the weight; they are added to the output. Imports happen when called.
+"""
+
+from typing import Any
+
+import torch
+
+from .engine import Engine
+from .layout import FROZEN, FrozenWeightError, is_quantised, unwrap
+from .linear import linear
+from .lora import compile_terms
+from .terms import Terms
+from .weight import QuantWeight, Segment
+
+
+def operations(engine: Engine) -> type:
+    """ComfyUI's manual_cast operations with a Linear that takes quantised weights."""
+    import comfy.ops
+
+    class Linear(comfy.ops.manual_cast.Linear):  # type: ignore[misc]
+        """Dense weights as manual_cast has them; quantised ones through `linear`.
+
+        lora_patches: what a full load would have merged; hook_patches: of the current LoRA hooks.
+        """
+
+        def __init__(
+            self,
+            in_features: int,
+            out_features: int,
+            bias: bool = True,
+            device: Any = None,
+            dtype: Any = None,
+        ) -> None:
+            torch.nn.Module.__init__(self)
+            self.in_features, self.out_features = in_features, out_features
+            self.register_parameter("weight", None)
+            self.register_parameter("bias", None)
+            self.has_bias, self.layer_name = bias, ""
+            self.weight_comfy_model_dtype = self.bias_comfy_model_dtype = dtype
+            self.weight_function: list[Any] = []
+            self.bias_function: list[Any] = []
+            self.lora_patches: list[Any] = []
+            self.hook_patches: list[Any] = []
+            self._dynamic_patch: Any = None
+
+        @property
+        def quantised(self) -> bool:
+            return is_quantised(self.weight)
+
+        # The dynamic loader sets this to merge while it streams. Reading None keeps it from
+        # turning the weight back into 16 bits.
+        @property
+        def weight_lowvram_function(self) -> Any:
+            return None if self.quantised else self._dynamic_patch
+
+        @weight_lowvram_function.setter
+        def weight_lowvram_function(self, patch: Any) -> None:
+            self._dynamic_patch = patch
+
+        def _load_from_state_dict(
+            self, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *rest: Any
+        ) -> None:
+            for name in ("weight", "bias"):
+                value = state.get(prefix + name)
+                if value is None:
+                    continue
+                if not is_quantised(value) and not metadata.get("assign_to_params_buffers"):
+                    value = value.clone()
+                setattr(self, name, torch.nn.Parameter(value, requires_grad=False))
+            if self.quantised:
+                # asked for by whatever patches weights in place, core's merge nodes included
+                self.convert_weight = self.set_weight = _frozen
+
+        def _save_to_state_dict(
+            self, destination: dict[str, Any], prefix: str, keep_vars: bool
+        ) -> None:
+            """With every part as a key of its own, so that sizes are counted in full."""
+            if not self.quantised:
+                super()._save_to_state_dict(destination, prefix, keep_vars)
+                return
+            destination[f"{prefix}weight"] = self.weight
+            parts = self.weight.state_dict(f"{prefix}weight")
+            destination.update({k: v for k, v in parts.items() if k != f"{prefix}weight"})
+            if self.bias is not None:
+                destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
+
+        def _apply(self, fn: Any, recurse: bool = True) -> Any:
+            if not self.quantised:
+                return super()._apply(fn, recurse)
+            for name, parameter in self._parameters.items():
+                if parameter is not None:
+                    moved = fn(parameter)
+                    if moved is not parameter:
+                        self._parameters[name] = torch.nn.Parameter(moved, requires_grad=False)
+            return self
+
+        def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if not self.quantised:
+                return super().forward(*args, **kwargs)
+            comfy.ops.run_every_op()
+            return _forward(self, engine, *args, **kwargs)
+
+    return type("SVDQuantOperations", (comfy.ops.manual_cast,), {"Linear": Linear})
+
+
+def _frozen(*args: Any, **kwargs: Any) -> Any:
+    raise FrozenWeightError(FROZEN)
+
+
+def _forward(module: Any, engine: Engine, x: torch.Tensor) -> torch.Tensor:
+    """One quantised layer: its weight from wherever ComfyUI keeps it, its patches as terms."""
+    import comfy.ops
+
+    patches, functions = active_patches(module), module.weight_function
+    module.weight_function = []  # hidden, or the cast would turn the weight into 16 bits
+    try:
+        weight, bias, stream = comfy.ops.cast_bias_weight(
+            module,
+            dtype=module.weight.dtype,
+            device=x.device,
+            bias_dtype=module.weight.dtype,
+            offloadable=True,
+        )
+    finally:
+        module.weight_function = functions
+    assert is_quantised(weight)
+    quantised = unwrap(weight)
+    terms = _terms(module, engine, patches, quantised, x.device)
+    session = engine.session
+
+    def kernel_of(segment: Segment, inputs: torch.Tensor) -> Any:
+        kernel = engine.kernel(segment, inputs)
+        if session is not None:
+            session.ran.setdefault(module.layer_name, set()).add(kernel.id)
+        return kernel
+
+    y = linear(x, quantised, bias, kernel_of, terms=terms, session=session, layer=module)
+    comfy.ops.uncast_bias_weight(module, weight, bias, stream)
+    return y
+
+
+def active_patches(module: Any) -> list[Any]:
+    """A layer's patches now, by whichever way ComfyUI's loader handed them over.
+
+    Raises ValueError for a weight function that is not a patch list (a weight wrapper).
+    """
+    lowvram = [f for f in module.weight_function if getattr(f, "is_lowvram_patch", False)]
+    if len(lowvram) != len(module.weight_function):
+        raise ValueError(
+            f"A weight wrapper is set on the quantised layer {module.layer_name}: it would need "
+            "16-bit weights. Remove the node that adds it."
+        )
+    if module._dynamic_patch is not None:
+        lowvram = [module._dynamic_patch]
+    if lowvram:
+        base = [patch for f in lowvram for patch in f.patches.get(f.key, ())]
+    else:
+        base = module.lora_patches
+    return [*base, *module.hook_patches]
+
+
+def _terms(
+    module: Any, engine: Engine, patches: list[Any], weight: QuantWeight, device: torch.device
+) -> Terms | None:
+    """The layer's terms on the device; compiled once per run, kept where the weight rests."""
+    if not patches:
+        return None
+    dtype = weight.segments[0].dtype
+    key = (id(module), tuple(map(id, patches)))
+    session = engine.session
+    if session is not None and key in session.terms:
+        terms = session.terms[key]
+    else:
+        terms, _ = compile_terms(patches, weight)
+        # A classic low-VRAM load keeps them beside the weight; a dynamic one is cheap to evict
+        rest = device if hasattr(module, "_v") else module.weight.device
+        terms = None if terms is None else terms.to(rest, dtype)
+        if session is not None:
+            session.terms[key] = terms
+    return None if terms is None else terms.to(device)

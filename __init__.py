@@ -6,7 +6,7 @@ ComfyUI imports this file and asks for the extension; nothing else happens at im
 WEB_DIRECTORY = "./nodes/web"
 
 
-async def comfy_entrypoint():
+async def comfy_entrypoint() -> object:
     from .nodes import SlipstreamExtension
 
     return SlipstreamExtension()

@@ -91,7 +91,7 @@ def is_compiled_whole(patcher: Any) -> bool:
 
 def versions() -> dict[str, str]:
     """Versions that a report needs: ComfyUI, torch and, where installed, the kernel packages."""
-    found = {"torch": torch.__version__}
+    found: dict[str, str] = {"torch": torch.__version__}
     if torch.version.cuda and torch.cuda.is_available():
         found["cuda"] = torch.version.cuda
     comfy = sys.modules.get("comfyui_version")

@@ -1,12 +1,14 @@
-"""Named implementations with capabilities, and the one rule that picks among them.
+"""Named implementations with capabilities, and the one rule by which they are picked.
 
 A candidate says why it is not installed (`available`) and why it cannot take a request
-(`ineligible`); `select` returns the first that can, with the reason of every one passed over.
+(`ineligible`); `eligible` gives all that can, `select` the first, both with the reason of every
+one passed over.
 The same sentences go to the log, the report and the tests.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Generic, Protocol, TypeVar
 
 R_contra = TypeVar("R_contra", contravariant=True)
@@ -47,6 +49,25 @@ class Refusal:
 def reason_against(candidate: Candidate[R_contra], request: R_contra) -> str | None:
     """Why `candidate` cannot take `request` on this machine, or None."""
     return candidate.available() or candidate.ineligible(request)
+
+
+def eligible(
+    candidates: Iterable[C], request: object, disabled: Mapping[str, str] = MappingProxyType({})
+) -> tuple[list[C], dict[str, str]]:
+    """All candidates that can take `request`, in order, and the reason against each other one.
+
+    disabled: candidate id -> why the caller no longer uses it, whatever it says itself.
+    """
+    fit: list[C] = []
+    reasons: dict[str, str] = {}
+    for candidate in candidates:
+        name: str = candidate.id  # type: ignore[attr-defined]
+        reason = disabled.get(name) or reason_against(candidate, request)  # type: ignore[arg-type]
+        if reason is None:
+            fit.append(candidate)
+        else:
+            reasons[name] = reason
+    return fit, reasons
 
 
 def select(candidates: Iterable[C], request: object) -> "Choice[C] | Refusal":

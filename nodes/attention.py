@@ -1,5 +1,7 @@
 """SlipstreamAttention: widgets to AttentionConfig."""
 
+from typing import Any
+
 from comfy_api.latest import io
 
 from ..backends.attention.apply import apply_attention
@@ -102,18 +104,18 @@ class SlipstreamAttention(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model,
-        policy,
-        backend,
-        strict,
-        dense_first_steps=1,
-        dense_last_steps=1,
-        dense_blocks="",
-        min_tokens=1024,
-        probe=True,
-        autotune=True,
-        max_rel_l1=0.05,
-        min_cos=0.995,
+        model: Any,
+        policy: str,
+        backend: str,
+        strict: bool,
+        dense_first_steps: int = 1,
+        dense_last_steps: int = 1,
+        dense_blocks: str = "",
+        min_tokens: int = 1024,
+        probe: bool = True,
+        autotune: bool = True,
+        max_rel_l1: float = 0.05,
+        min_cos: float = 0.995,
     ) -> io.NodeOutput:
         config = AttentionConfig(
             policy=policy, backend=backend, strict=strict, dense_first_steps=dense_first_steps,

@@ -18,7 +18,7 @@ from .layout import Views, read_call, request_of, write_output
 from .plan import DEFAULT, Entry, Planner
 from .policy import BlockNumbers, Schedule, order
 from .request import BlockKey
-from .section import section_of
+from .section import Outcome, section_of
 from .timings import Timings
 
 APPROXIMATE_DEFAULTS = ("attention_comfy_kitchen_int8", "attention_sage", "attention3_sage")
@@ -77,7 +77,18 @@ class AttentionRun:
     def section(self) -> Section:
         """The technique's part of the report."""
         why = self.timings.save()
-        return section_of(self, [*self.remarks, *([why] if why else [])])
+        return section_of(
+            Outcome(
+                config=self.config,
+                entries=self.entries,
+                default_name=self.default_name,
+                num_steps=self.run.num_steps,
+                num_model_calls=self.num_model_calls,
+                num_attention_calls=self.num_attention_calls,
+                is_compiled=self.is_compiled,
+                remarks=[*self.remarks, *([why] if why else [])],
+            )
+        )
 
     def close(self) -> None:
         self.entries.clear()

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..registry import eligible
 from .config import AttentionConfig
 from .kernels.base import EXACT, Kernel
 from .layout import Views
-from .policy import ON_CPU, closed, filter_kernels
+from .policy import ON_CPU, closed
 from .probe import Verdict, probe
 from .request import BlockKey, Request
 from .timings import Timings, measure_ms
@@ -80,10 +81,10 @@ class Planner:
         if self.approximate:
             shut = closed(self.config, request, dense_step=dense_step, dense_block=dense_block)
         if shut is None:
-            approximate, entry.reasons = filter_kernels(self.approximate, request, self.disabled)
+            approximate, entry.reasons = eligible(self.approximate, request, self.disabled)
         else:
             approximate, entry.reasons = [], {k.id: shut for k in self.approximate}
-        exact, rejected = filter_kernels(self.exact, request, self.disabled)
+        exact, rejected = eligible(self.exact, request, self.disabled)
         entry.reasons.update(rejected)
         if not approximate and not exact:
             if not default_is_exact and (shut or self.config.policy == "exact"):

@@ -64,23 +64,6 @@ def order(
     return approximate, exact
 
 
-def filter_kernels(
-    kernels: Sequence[Kernel], request: Request, disabled: Mapping[str, str]
-) -> tuple[list[Kernel], dict[str, str]]:
-    """The kernels that can take `request`, and the first reason against each of the others.
-
-    disabled: kernel id -> why this Run no longer uses it.
-    """
-    fit, reasons = [], {}
-    for kernel in kernels:
-        why = disabled.get(kernel.id) or kernel.available() or kernel.ineligible(request)
-        if why is None:
-            fit.append(kernel)
-        else:
-            reasons[kernel.id] = why
-    return fit, reasons
-
-
 def closed(
     config: AttentionConfig, request: Request, *, dense_step: bool, dense_block: bool
 ) -> str | None:

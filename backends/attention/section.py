@@ -1,14 +1,14 @@
 """What the attention of a run reports: JSON, lines, and kernel per layer and step."""
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from ..report import Grid, Section
+from .config import AttentionConfig
 from .plan import DEFAULT, Entry, reasons_of
 from .request import BlockKey
-
-if TYPE_CHECKING:
-    from .dispatch import AttentionRun
 
 NOT_REACHED = "This model's attention does not pass through ComfyUI's hook; nothing changed"
 COMPILED = (
@@ -17,8 +17,22 @@ COMPILED = (
 )
 
 
-def section_of(state: "AttentionRun", remarks: list[str]) -> Section:
-    """The report of one AttentionRun."""
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What one run's attention came to. default_name: of ComfyUI's function; remarks: sentences."""
+
+    config: AttentionConfig
+    entries: Mapping[Any, Entry]
+    default_name: str
+    num_steps: int
+    num_model_calls: int
+    num_attention_calls: int
+    is_compiled: bool
+    remarks: Sequence[str]
+
+
+def section_of(state: Outcome) -> Section:
+    """The report of one run's attention."""
     entries = state.entries
     calls: Counter[str] = Counter()
     for entry in entries.values():
@@ -27,7 +41,7 @@ def section_of(state: "AttentionRun", remarks: list[str]) -> Section:
     reasons = reasons_of(entries)
     if state.num_model_calls and not state.num_attention_calls:
         reasons[COMPILED if state.is_compiled else NOT_REACHED] = state.num_model_calls
-    reasons.update(dict.fromkeys(remarks, 1))
+    reasons.update(dict.fromkeys(state.remarks, 1))
     speedup = speedup_vs_exact(list(entries.values()))
     layers = layers_of(entries, state.default_name)
     approximate = any(
@@ -54,7 +68,7 @@ def speedup_vs_exact(entries: list[Entry]) -> float | None:
     return round(exact / chosen, 3) if chosen else None
 
 
-def layers_of(entries: dict[Any, Entry], default_name: str) -> list[dict[str, Any]]:
+def layers_of(entries: Mapping[Any, Entry], default_name: str) -> list[dict[str, Any]]:
     """One object per block and call: what answered it most, its error, its size."""
     by_block: dict[BlockKey, list[Entry]] = {}
     for entry in entries.values():
@@ -95,9 +109,9 @@ def _lines(policy: str, json: dict[str, Any]) -> tuple[str, ...]:
     return (line, *reasons)
 
 
-def _grid(state: "AttentionRun") -> Grid:
+def _grid(state: Outcome) -> Grid:
     """Rows: blocks and their calls in the order they ran; columns: steps."""
-    num_steps = state.run.num_steps
+    num_steps = state.num_steps
     rows: dict[str, list[str | None]] = {}
     legend: dict[str, str] = {}
     for entry in state.entries.values():

@@ -100,8 +100,8 @@ class Timings:
             return {}
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             return {}
-        timings = content.get("timings")
-        return timings if _well_formed(timings) else {}
+        timings: Any = content.get("timings")
+        return dict(timings) if _well_formed(timings) else {}
 
 
 def _well_formed(timings: Any) -> bool:

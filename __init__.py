@@ -1,4 +1,4 @@
-"""ComfyUI-Slipstream: attention, caching, offload, SVDQuant and sequence parallel for a loaded MODEL.
+"""ComfyUI-Slipstream: attention, caching, offload, SVDQuant and sequence parallel for any MODEL.
 
 ComfyUI imports this file and asks for the extension; nothing else happens at import.
 """

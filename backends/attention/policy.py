@@ -22,7 +22,7 @@ class BlockNumbers:
         """The number `dense_blocks` means; without block ids, the call's place in the model."""
         if key.block_type == "call":
             return key.ordinal
-        return self.starts.get(key.block_type, 0) + key.index
+        return self.starts.get(key.block_type, 0) + key.block_index
 
 
 class Schedule:

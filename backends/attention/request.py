@@ -9,18 +9,18 @@ MASK_NONE, MASK_BOOL, MASK_BIAS = "none", "bool", "bias"
 class BlockKey(NamedTuple):
     """Where a call comes from: ComfyUI's block id, and which call of that block it is.
 
-    Without a block id, block_type is "call", index 0, and ordinal counts over the model call.
+    Without a block id, block_type is "call", block_index 0, and ordinal counts over the model call.
     """
 
     block_type: str
-    index: int
+    block_index: int
     ordinal: int
 
     def __str__(self) -> str:
         if self.block_type == "call":
             return f"call/{self.ordinal}"
         suffix = f".{self.ordinal}" if self.ordinal else ""
-        return f"{self.block_type}/{self.index}{suffix}"
+        return f"{self.block_type}/{self.block_index}{suffix}"
 
 
 @dataclass(frozen=True, kw_only=True)

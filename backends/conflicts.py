@@ -54,6 +54,17 @@ CONFLICTS: tuple[Conflict, ...] = (
         "SVDQuant Calibrate cannot see the inputs of compiled layers: calibrate without "
         "torch.compile.",
     ),
+    Conflict(
+        "parallel",
+        "multigpu_cfg_split",
+        "MultiGPU CFG Split is already on this model. Remove it, or set workers to 1.",
+    ),
+    Conflict(
+        "parallel",
+        "torch_compile",
+        "Sequence parallel works between the blocks, which torch.compile has compiled: remove "
+        "torch.compile, or set workers to 1.",
+    ),
 )
 
 

@@ -7,6 +7,14 @@ from ..backends.architectures.tokens import Tok
 from .engine import Call
 
 
+def local_control(call: Call, arguments: dict[str, Any]) -> dict[str, Any]:
+    """A network's arguments with its ControlNet residuals, if any, cut for this rank."""
+    control = arguments.get("control")
+    if not control:
+        return arguments
+    return {**arguments, "control": LocalControl(call, control, call.plan.control)}
+
+
 class LocalControl(dict):
     """A call's control dict whose residual lists give this rank's tokens."""
 

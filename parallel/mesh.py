@@ -6,6 +6,7 @@ chunk and passes keys to the same number of the next chunk. Process 0 is ComfyUI
 branch 0 and hands work to branch 1 over a group of its own.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -87,6 +88,19 @@ class Mesh:
         found = self.main.exchange(parts, shapes).wait()
         return torch.cat(found, dim) if receives else None
 
+    def measure(self, num_bytes: int) -> float:
+        """Bytes per second that one rank sends while all exchange; every rank must call it."""
+        rows = torch.zeros(num_bytes, dtype=torch.uint8, device=self.main.clock.device)
+        shapes = [(num_bytes,)] * self.world
+        seconds = []
+        for _ in range(3):  # the first ones warm up connections and caches
+            started = time.perf_counter()
+            self.main.exchange([rows] * self.world, shapes).wait()
+            if rows.device.type == "cuda":
+                torch.cuda.synchronize(rows.device)
+            seconds.append(time.perf_counter() - started)
+        return num_bytes * (self.world - 1) / max(min(seconds), 1e-9)
+
 
 class Links:
     """All groups of one process under one layout; `relay` joins process 0 and branch 1."""
@@ -102,7 +116,7 @@ class Links:
         timeout_s: float,
         clock: Clock,
     ):
-        self.layout, self.process, self.clock = layout, process, clock
+        self.layout, self.process, self.name, self.clock = layout, process, name, clock
         self.mesh: Mesh | None = None
         self.relay: Group | None = None
         self._built: list[Group] = []
@@ -125,11 +139,11 @@ class Links:
             self.close()
             raise
 
-    def entry(self, branch: int) -> tuple[Group, int]:
-        """The group over which process 0 hands a call to `branch`, and its number of ranks."""
+    def entry(self, branch: int) -> Group:
+        """The group over which process 0, its root, hands calls to `branch`."""
         group = self.relay if branch else (self.mesh.main if self.mesh else None)
         assert group is not None
-        return group, group.world
+        return group
 
     def close(self) -> None:
         """Drop all groups: whoever waits for this process fails at once."""

@@ -40,19 +40,19 @@ def _with_modulation_ranges(plan: TokenPlan) -> TokenPlan:
 _FLUX = _with_modulation_ranges(CHROMA)
 
 
+# Text and references have other modulation under index_timestep_zero: text stays whole.
+WHOLE_TEXT = replace(_FLUX, replicate=("txt",))
+# HunyuanVideo cuts a reference latent off right behind the last block, by its whole length.
+WITH_REFERENCE = replace(WHOLE_TEXT, end=GatherOut(path="single_blocks.*", tok=Tok(1, JOINT)))
+
+
 def _flux_variant(arguments: Mapping[str, Any]) -> TokenPlan | None:
-    """index_timestep_zero gives text and references other modulation: text stays whole."""
-    if arguments.get("ref_latents_method") == "index_timestep_zero":
-        return replace(_FLUX, replicate=("txt",))
-    return None
+    is_zero = arguments.get("ref_latents_method") == "index_timestep_zero"
+    return WHOLE_TEXT if is_zero else None
 
 
 def _hunyuan_variant(arguments: Mapping[str, Any]) -> TokenPlan | None:
-    """A reference latent is cut off right behind the last block, by its whole length."""
-    if arguments.get("ref_latent") is None:
-        return None
-    end = GatherOut(path="single_blocks.*", tok=Tok(1, JOINT))
-    return replace(_FLUX, replicate=("txt",), end=end)
+    return None if arguments.get("ref_latent") is None else WITH_REFERENCE
 
 
 FLUX = replace(_FLUX, variant=_flux_variant)

@@ -1,0 +1,283 @@
+"""ComfyUI as worker processes need it: its arguments, recorded loaders, weight patches.
+
+Rank 0 asks what a MODEL was loaded with and what patches it carries; a worker becomes a ComfyUI
+without server, nodes and custom nodes, and repeats the loading. Facts hold for ComfyUI 0.33.
+"""
+
+import enum
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Loaders of comfy.sd that give a ModelPatcher (or a tuple with one) from paths and options alone.
+LOADERS = (
+    "load_diffusion_model",
+    "load_checkpoint_guess_config",
+    "load_checkpoint_guess_config_model_only",
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a MODEL was loaded: module.function(*arguments), then [index] if there is one."""
+
+    module: str
+    function: str
+    arguments: tuple[Any, ...]
+    index: int | None
+
+    @property
+    def files(self) -> list[Path]:
+        """Files among the arguments."""
+        paths = [Path(a) for a in self.arguments if isinstance(a, str) and a]
+        return [path for path in paths if path.is_file()]
+
+
+# --- rank 0
+
+
+def recipe(patcher: Any, own_package: str) -> Recipe | str:
+    """The Recipe that the loader recorded, or the sentence that says why workers cannot follow it.
+
+    own_package: this pack's root package, whose loaders are named relative to it (".backends...").
+    """
+    recorded = getattr(patcher, "cached_patcher_init", None)
+    if recorded is None:
+        return (
+            "This model came from a loader that workers cannot repeat (it recorded none). "
+            "Use a core loader or ours."
+        )
+    function, arguments, *rest = recorded
+    module, name = function.__module__, function.__qualname__
+    if module.startswith(own_package + "."):
+        module = module.removeprefix(own_package)
+    elif module != "comfy.sd" or name not in LOADERS:
+        return (
+            f"This model came from a loader that workers cannot repeat ({module}.{name}). "
+            "Use a core loader or ours."
+        )
+    return Recipe(module, name, tuple(arguments), rest[0] if rest else None)
+
+
+def comfyui_folder() -> Path:
+    """The checkout that this process runs."""
+    import comfy
+
+    (folder, *_) = comfy.__path__
+    return Path(folder).parent
+
+
+def comfyui_arguments() -> dict[str, Any]:
+    """ComfyUI's command line arguments; enums as ("enum", class name, value)."""
+    from comfy.cli_args import args
+
+    return {name: _plain(value) for name, value in vars(args).items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, enum.Enum):
+        return ("enum", type(value).__name__, value.value)
+    if isinstance(value, (set, frozenset)):
+        return ("set", *(_plain(v) for v in value))
+    if isinstance(value, (list, tuple)):
+        return ["list", *(_plain(v) for v in value)]
+    return str(value) if isinstance(value, Path) else value
+
+
+def adapter_parts(value: Any) -> tuple[str, list[str], Any] | None:
+    """(class name, loaded keys, weights) of one of ComfyUI's weight adapters, else None."""
+    from comfy import weight_adapter
+
+    if type(value) not in weight_adapter.adapters:
+        return None
+    return type(value).__name__, sorted(value.loaded_keys), value.weights
+
+
+def obstacle(patcher: Any) -> str | None:
+    """What is on this MODEL that workers cannot have, or None."""
+    found = {
+        "hook patches (weights that change during a run)": patcher.hook_patches,
+        "injections": patcher.injections,
+        "weight wrappers": patcher.weight_wrapper_patches,
+        "a replaced part of the network": [
+            name
+            for name in patcher.object_patches
+            if name.startswith("diffusion_model") or name == "manual_cast_dtype"
+        ],
+    }
+    names = [name for name, present in found.items() if present]
+    return f"{' and '.join(names)} cannot travel to workers" if names else None
+
+
+def raise_if_interrupted() -> None:
+    """Raise what ComfyUI raises if the user has pressed Cancel."""
+    import comfy.model_management as management
+
+    management.throw_exception_if_processing_interrupted()
+
+
+def interrupt(value: bool) -> None:
+    """Make the running model call raise at its next operation, or take that back."""
+    import comfy.model_management as management
+
+    management.interrupt_current_processing(value)
+
+
+def progress_bar(total: int) -> Callable[[int, int], None]:
+    """A function (value, total) that shows progress on the node that runs."""
+    import comfy.utils
+
+    bar = comfy.utils.ProgressBar(total)
+    return lambda value, total: bar.update_absolute(value, total)
+
+
+# --- workers
+
+
+def become_comfyui(folder: str, arguments: dict[str, Any]) -> None:
+    """Make `comfy` importable with these arguments, and set up its memory management.
+
+    The folder is on sys.path before anything of ComfyUI is imported, and the arguments are set
+    before comfy.model_management is: the device is picked at its import. Dynamic VRAM is
+    initialised as main.py does it (unverified: needs a GPU).
+    """
+    sys.path.insert(0, folder)
+    import comfy.options
+
+    comfy.options.enable_args_parsing(False)
+    from comfy import cli_args
+
+    for name, value in arguments.items():
+        setattr(cli_args.args, name, _read(value, cli_args))
+    import comfy.model_management as management
+    import comfy.sd
+
+    if cli_args.enables_dynamic_vram() and management.is_nvidia():
+        _enable_dynamic_vram()
+
+
+def _read(value: Any, cli_args: Any) -> Any:
+    if not isinstance(value, (list, tuple)):
+        return value
+    kind, *rest = value
+    if kind == "enum":
+        return getattr(cli_args, rest[0])(rest[1])
+    read = (_read(v, cli_args) for v in rest)
+    return set(read) if kind == "set" else list(read)
+
+
+def _enable_dynamic_vram() -> None:
+    import comfy.memory_management
+    import comfy.model_management as management
+    import comfy.model_patcher
+    import comfy_aimdo.control as control  # type: ignore[import-not-found]
+    from comfy.cli_args import args
+
+    try:
+        control.init()
+        headroom = int(args.vram_headroom * 1024**3)
+        ready = control.init_devices(
+            (d.index, headroom) for d in management.get_all_torch_devices()
+        )
+    except TypeError as error:  # another protocol of comfy-aimdo
+        logging.warning("dynamic VRAM is off in this worker: %s", error)
+        return
+    if ready:
+        comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
+        comfy.memory_management.aimdo_enabled = True
+
+
+def load(wanted: Recipe, own_package: str) -> Any:
+    """A fresh ModelPatcher by the recipe, its weights mapped from the file where they can be.
+
+    Raises ValueError for a loader that is not admitted.
+    """
+    import importlib
+
+    if wanted.module.startswith("."):
+        module = importlib.import_module(wanted.module, own_package)
+        if wanted.function not in getattr(module, "RELOADABLE", ()):
+            raise ValueError(f"{wanted.module}.{wanted.function} is not a loader for workers")
+    elif wanted.module == "comfy.sd" and wanted.function in LOADERS:
+        module = importlib.import_module("comfy.sd")
+    else:
+        raise ValueError(f"{wanted.module}.{wanted.function} is not a loader for workers")
+    function: Callable[..., Any] = getattr(module, wanted.function)
+    with _mapped_weights() as settle:
+        found = function(*wanted.arguments)
+        return settle(found if wanted.index is None else found[wanted.index])
+
+
+@contextmanager
+def _mapped_weights() -> Iterator[Callable[[Any], Any]]:
+    """Load by assigning the file's mapped tensors instead of copying them.
+
+    ComfyUI assigns for dynamic patchers only; CoreModelPatcher is the class main.py exchanges to
+    choose them. The patcher is an ordinary one afterwards. Tensors of another dtype than the
+    network's are converted, as copying would have done.
+    """
+    import comfy.model_patcher as patchers
+
+    plain = patchers.ModelPatcher
+
+    class Mapped(plain):  # type: ignore[misc, valid-type]
+        def is_dynamic(self) -> bool:
+            return True
+
+    def settle(patcher: Any) -> Any:
+        if type(patcher) is Mapped:
+            patcher.__class__ = plain
+            for module in patcher.model.diffusion_model.modules():
+                _match_dtypes(module)
+        return patcher
+
+    before = patchers.CoreModelPatcher
+    if before is plain:
+        patchers.CoreModelPatcher = Mapped
+    try:
+        yield settle
+    finally:
+        patchers.CoreModelPatcher = before
+
+
+def _match_dtypes(module: torch.nn.Module) -> None:
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        wanted = getattr(module, f"{name}_comfy_model_dtype", None)
+        if isinstance(wanted, torch.dtype) and parameter.dtype != wanted:
+            setattr(module, name, torch.nn.Parameter(parameter.to(wanted), requires_grad=False))
+
+
+def adapter(name: str, keys: Sequence[str], weights: Any) -> Any:
+    """One of ComfyUI's weight adapters. Raises ValueError for any other class."""
+    from comfy import weight_adapter
+
+    for cls in weight_adapter.adapters:
+        if cls.__name__ == name:
+            return cls(set(keys), weights)
+    raise ValueError(f"{name!r} is not a weight adapter of this ComfyUI")
+
+
+def patched(patcher: Any, patches: dict[str, list[Any]], version: Any) -> Any:
+    """A clone of `patcher` with these weight patches, ready on its device."""
+    import comfy.model_management as management
+
+    clone = patcher.clone()
+    clone.patches = patches
+    clone.patches_uuid = version
+    with torch.inference_mode():
+        management.load_models_gpu([clone], force_full_load=False)
+    return clone
+
+
+def unload_models() -> None:
+    """Give back the memory of all models of this process."""
+    import comfy.model_management as management
+
+    management.unload_all_models()
+    management.soft_empty_cache()

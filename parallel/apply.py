@@ -1,0 +1,311 @@
+"""apply_parallel(model, config): sequence parallel on a clone of a MODEL; the glue to ComfyUI."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+from ..backends import host, worker_host
+from ..backends.architectures import find
+from ..backends.architectures.plans import find_plan
+from ..backends.architectures.tokens import TokenPlan
+from ..backends.cache.config import BLOCK_STRATEGIES
+from ..backends.run import Run, attach, attached, call_options, current
+from .bind import bind
+from .config import ParallelError, SequenceParallelConfig, choose_devices
+from .crew import Setting
+from .messages import Load
+from .network_call import NetworkCall
+from .payload import encode_patches
+from .pool import Model, Pool
+from .route import BRANCH, Baton, can_route, run_both
+from .run_state import ParallelRun, Shared
+from .runs import KEY, config_fields
+from .shards import PlanError
+from .wire import Unsupported, encode
+
+NAME = "parallel"
+OWN_PACKAGE = (__package__ or "").rpartition(".")[0]
+
+
+@cache
+def pool() -> Pool:
+    """The worker processes of this ComfyUI; none runs until a run needs one."""
+    return Pool()
+
+
+@dataclass(frozen=True)
+class SequenceParallel:
+    """Sequence parallel as attached to a MODEL."""
+
+    config: SequenceParallelConfig
+    name: str = NAME
+
+    def start(self, run: Run) -> ParallelRun:
+        """Workers with this MODEL, or the reason why calls stay on one device.
+
+        Raises ParallelError for settings that cannot be had here.
+        """
+        network = host.diffusion_model(run.patcher)
+        device = _plain(run.patcher.load_device)
+        devices = choose_devices(self.config, found=_gpus(device), own=str(device))
+        if len(devices) == 1:
+            if not self.config.workers and not self.config.device_names:
+                run.note("Sequence parallel found one device: it runs there as without the node")
+            return ParallelRun(run, self.config, None, "one device")
+        plan = _plan(network)
+        recipe = worker_host.recipe(run.patcher, OWN_PACKAGE)
+        reason = plan if isinstance(plan, str) else worker_host.obstacle(run.patcher)
+        techniques = _travelling(run)
+        if reason is None and isinstance(techniques, str):
+            reason = techniques
+        if reason is None and isinstance(recipe, str):
+            if self.config.is_explicit:
+                raise ParallelError(recipe)
+            reason = recipe
+        if reason is None:
+            assert isinstance(recipe, worker_host.Recipe)
+            reason, model = _model(run.patcher, recipe)
+        if reason is not None:
+            run.note(reason)
+            return ParallelRun(run, self.config, None, reason)
+        assert isinstance(plan, TokenPlan)
+        assert isinstance(techniques, dict)
+        shared = Shared(
+            pool=pool(),
+            devices=devices,
+            device=device,
+            setting=_setting(self.config, len(devices)),
+            model=model,
+            network=network,
+            plan=plan,
+            num_heads=_num_heads(network, plan),
+            techniques=techniques,
+            meanwhile=worker_host.raise_if_interrupted,
+        )
+        shared.pool.prepare(
+            devices, shared.setting, model,
+            meanwhile=shared.meanwhile, progress=worker_host.progress_bar(len(devices) - 1),
+        )  # fmt: skip
+        return ParallelRun(run, self.config, shared)
+
+
+def apply_parallel(model: Any, config: SequenceParallelConfig) -> Any:
+    """A clone of `model` whose network calls are shared by worker processes.
+
+    Replaces its own earlier application. One worker leaves the model as it is.
+    """
+    patched = model.clone()
+    for kind in _WRAPPERS:
+        patched.remove_wrappers_with_key(kind, KEY)
+    patched.remove_callbacks_with_key("on_detach_after", KEY)
+    options = patched.model_options.setdefault("transformer_options", {})
+    if config.workers == 1:
+        attached_here = attached(patched)
+        attached_here.pop(NAME, None)
+        if "slipstream" in options:
+            options["slipstream"] = attached_here
+        return patched
+    attach(patched, SequenceParallel(config))
+    for kind, wrapper in _WRAPPERS.items():
+        patched.add_wrapper_with_key(kind, KEY, wrapper)
+    patched.add_callback_with_key("on_detach_after", KEY, _detached)
+    return patched
+
+
+# --- facts of a MODEL
+
+
+def _plan(network: torch.nn.Module) -> TokenPlan | str:
+    """The network's plan, checked against it, or the sentence that says why there is none."""
+    plan = find_plan(network)
+    if isinstance(plan, TokenPlan):
+        try:
+            bind(plan, network)
+        except PlanError as error:
+            return f"{error}. It runs on one device; this needs an update of the pack."
+    return plan
+
+
+def _model(patcher: Any, recipe: worker_host.Recipe) -> tuple[str | None, Any]:
+    """(None, what workers need to have this MODEL), or (the reason why they cannot, None)."""
+    try:
+        arguments = encode(recipe.arguments, [], "a loader argument")
+        encode_patches(patcher.patches, worker_host.adapter_parts)
+    except Unsupported as error:
+        return f"{error}, which cannot travel to workers", None
+    files = {}
+    for path in recipe.files:
+        found = path.stat()
+        files[str(path)] = [found.st_size, found.st_mtime_ns]
+    identity = [recipe.module, recipe.function, arguments, recipe.index, files]
+    load = Load(
+        key=json.dumps(identity), module=recipe.module, function=recipe.function,
+        arguments=arguments, index=recipe.index, files=files,
+    )  # fmt: skip
+    version = str(patcher.patches_uuid) if patcher.patches else "none"
+    patches = patcher.patches
+
+    def encoded() -> Any:
+        return encode_patches(patches, worker_host.adapter_parts)
+
+    return None, Model(load=load, version=version, patches=encoded)
+
+
+def _travelling(run: Run) -> dict[str, dict[str, Any]] | str:
+    """Techniques that work inside a call, with their settings, or why they cannot travel."""
+    found = {}
+    for name, attached_technique in attached(run.patcher).items():
+        technique: Any = attached_technique
+        if name in run.disabled or name == NAME:
+            continue
+        if name == "attention":
+            found[name] = config_fields(technique.config)
+        elif name == "cache":
+            strategy = technique.config.strategy
+            if strategy == "pab":
+                return "cache strategy pab keeps attention outputs that ranks exchange"
+            if strategy in BLOCK_STRATEGIES or strategy == "auto":
+                found[name] = config_fields(technique.config)
+        else:
+            return f"{name} does not travel to workers yet: leave it out, or set workers to 1"
+    return found
+
+
+def _setting(config: SequenceParallelConfig, num_ranks: int) -> Setting:
+    return Setting(
+        comfyui=str(worker_host.comfyui_folder()),
+        arguments=encode(worker_host.comfyui_arguments(), []),
+        num_threads=max(torch.get_num_threads() // num_ranks, 1),
+        timeout_s=config.timeout_s,
+        idle_s=config.idle_s,
+    )
+
+
+def _num_heads(network: torch.nn.Module, plan: TokenPlan) -> int | None:
+    found: Any = network
+    for part in plan.heads.split("."):
+        found = found[int(part)] if part.isdigit() else getattr(found, part, None)
+        if found is None:
+            return None
+    return found if isinstance(found, int) else None
+
+
+def _plain(device: torch.device) -> torch.device:
+    """cuda as cuda:0, cpu:0 as cpu."""
+    if device.type == "cpu":
+        return torch.device("cpu")
+    return torch.device(device.type, device.index or 0)
+
+
+def _gpus(own: torch.device) -> list[str]:
+    """GPUs of the same kind as `own`: mixed ones would wait for the slowest."""
+    if own.type != "cuda":
+        return []
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return [f"cuda:{i}" for i, name in enumerate(names) if name == names[own.index]]
+
+
+# --- hooks of ComfyUI
+
+
+def _state(options: dict[str, Any] | None) -> ParallelRun | None:
+    run = current(options)
+    state = run.states.get(NAME) if run is not None else None
+    return state if isinstance(state, ParallelRun) else None
+
+
+def diffusion_model(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    """DIFFUSION_MODEL wrapper: one call of the network."""
+    state = _state(call_options(args, kwargs))
+    if state is None:
+        return executor(*args, **kwargs)
+    call = NetworkCall.of(executor.original, args, kwargs)
+    return state.call(executor, call, executor.original.__name__)
+
+
+def apply_model(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    """APPLY_MODEL wrapper, for networks that run no DIFFUSION_MODEL wrappers (SD3, OmniGen2).
+
+    Their forward is taken over for one call.
+    """
+    state = _state(call_options(args, kwargs))
+    network = executor.class_obj.diffusion_model
+    architecture = find(network)
+    wraps = architecture is None or architecture.notes.diffusion_model_wrappers
+    if state is None or wraps or "forward" in network.__dict__:
+        return executor(*args, **kwargs)
+    with _taken_over(network, state):
+        return executor(*args, **kwargs)
+
+
+@contextmanager
+def _taken_over(network: torch.nn.Module, state: ParallelRun) -> Iterator[None]:
+    original = network.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return state.call(original, NetworkCall.of(original, args, kwargs), "forward")
+
+    network.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        del network.__dict__["forward"]
+
+
+def calc_cond_batch(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    """CALC_COND_BATCH wrapper: chooses the layout, and runs two conditionings on two branches."""
+    names = ("model", "conds", "x_in", "timestep", "model_options")
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    model, conds, model_options = given["model"], given["conds"], given["model_options"]
+    state = _state(model_options.get("transformer_options"))
+    if state is None or state.shared is None or state.baton is not None:
+        return executor(*args, **kwargs)
+    routable = can_route(conds) and "cache" not in state.shared.techniques
+    layout = state.choose(2 if routable else 1)
+    if layout is None or layout.cfg == 1 or not routable:
+        return executor(*args, **kwargs)
+
+    def branch(number: int) -> Any:
+        own = [cond if i == number else None for i, cond in enumerate(conds)]
+        options = model_options["transformer_options"]
+        marked = {**model_options, "transformer_options": {**options, BRANCH: number}}
+        return executor(model, own, given["x_in"], given["timestep"], marked)[number]
+
+    state.baton = Baton()
+    try:
+        with state.recovered():
+            return list(
+                run_both(
+                    state.baton,
+                    lambda: branch(0),
+                    lambda: branch(1),
+                    device=state.shared.device,
+                    stop_first=worker_host.interrupt,
+                )
+            )
+    except PlanError as error:
+        state.stop_sharing(str(error))
+    finally:
+        state.baton = None
+    return executor(*args, **kwargs)
+
+
+def _detached(patcher: Any, unpatch_all: bool) -> None:
+    """ON_DETACH: /free unloads workers too. Not when a newer clone takes over (unpatch_all)."""
+    recipe = worker_host.recipe(patcher, OWN_PACKAGE)
+    if unpatch_all and isinstance(recipe, worker_host.Recipe):
+        reason, model = _model(patcher, recipe)
+        if reason is None:
+            pool().unload(model.load.key)
+
+
+_WRAPPERS = {
+    "diffusion_model": diffusion_model,
+    "apply_model": apply_model,
+    "calc_cond_batch": calc_cond_batch,
+}

@@ -1,0 +1,58 @@
+"""A block cache over ranks: rank 0 decides, and the workers do as it does.
+
+A decision taken before a call is handed over travels with it, one taken inside is broadcast as a
+byte. Workers can only reuse what they have computed, so rank 0 reuses a key's residual only if
+the last computed call of that key was shared with the same workers.
+"""
+
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+
+from ..backends.run import ModelCall
+from .mesh import Mesh
+
+
+class Decisions:
+    """Rank 0's side of one run. `mesh` is set while a shared call is under way."""
+
+    def __init__(self) -> None:
+        self.mesh: Mesh | None = None
+        self._early: list[tuple[int, bool]] = []  # index of the model call, decision
+        self._computing: set[Hashable] = set()
+        self._stored: set[Hashable] = set()
+
+    def decide(self, call: ModelCall, reuse: bool) -> bool:
+        """What all ranks do; called by the cache with what rank 0 would do."""
+        reuse = reuse and call.key in self._stored
+        if not reuse:
+            self._computing.add(call.key)
+        if self.mesh is None:
+            self._early.append((call.index, reuse))
+            return reuse
+        device = self.mesh.main.clock.device
+        flag = torch.tensor([reuse], dtype=torch.uint8, device=device)
+        self.mesh.main.broadcast(flag, root=0)
+        return reuse
+
+    def take_early(self, call: ModelCall) -> tuple[bool, ...]:
+        """The decisions that must travel with the call that begins now."""
+        early, self._early = self._early, []
+        return tuple(reuse for index, reuse in early if index == call.index)
+
+    def shared(self) -> None:
+        """A shared call has ended well: what was computed is stored on all ranks."""
+        self._stored |= self._computing
+        self._computing.clear()
+
+    def alone(self) -> None:
+        """A call runs on rank 0 only, or workers were lost: nothing is stored everywhere."""
+        self._early.clear()
+        self._computing.clear()
+        self._stored.clear()
+
+
+def attach(state: Any, decisions: Decisions) -> None:
+    """Let `decisions` overrule the block cache of a run (backends.cache.CacheState)."""
+    state.mechanism.decisions.decider = decisions.decide

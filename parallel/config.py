@@ -1,0 +1,156 @@
+"""Settings of sequence parallel, and what follows from them without a device: devices, layout.
+
+Rank 0 is ComfyUI's own process; `workers` counts it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .mesh import Layout
+
+MAX_WORKERS = 64
+
+
+class ParallelError(ValueError):
+    """A mistake in the node's settings, as one sentence with the fix in it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceParallelConfig:
+    """workers: processes (0 chooses); devices: comma-separated, rank 0's first ("" chooses);
+    ulysses, ring, cfg: degrees (0 chooses); timeout_s: longest wait at one exchange; idle_s:
+    unused workers end after so long (0: they stay). Raises ParallelError with a sentence.
+    """
+
+    workers: int = 0
+    devices: str = ""
+    ulysses: int = 0
+    ring: int = 0
+    cfg: int = 0
+    timeout_s: float = 60
+    idle_s: float = 900
+
+    def __post_init__(self) -> None:
+        for name, highest in (("workers", MAX_WORKERS), ("ulysses", MAX_WORKERS),
+                              ("ring", MAX_WORKERS), ("cfg", 2)):  # fmt: skip
+            value = getattr(self, name)
+            if not 0 <= value <= highest:
+                raise ParallelError(f"{name} is {value}: choose 0 (automatic) to {highest}.")
+        if self.timeout_s <= 0:
+            raise ParallelError(f"timeout_s is {self.timeout_s:g}: choose a number above 0.")
+        if self.idle_s < 0:
+            raise ParallelError(f"idle_s is {self.idle_s:g}: choose 0 (never) or more.")
+        named = self.device_names
+        if self.workers and named and len(named) != self.workers:
+            raise ParallelError(
+                f"devices names {len(named)} devices for {self.workers} workers. "
+                f"Name {self.workers}, or leave it empty."
+            )
+        for name in named:
+            if name != "cpu" and not name.startswith("cuda"):
+                raise ParallelError(f"devices: '{name}' is not cpu or cuda:0, cuda:1, ...")
+            if name != "cpu" and named.count(name) > 1:
+                raise ParallelError(
+                    f"devices names {name} twice; NCCL allows one process per GPU. "
+                    "Name another, or lower workers."
+                )
+        self._check_degrees(self.workers or len(named))
+
+    def _check_degrees(self, world: int) -> None:
+        degrees = (self.cfg, self.ulysses, self.ring)
+        if not world or not any(degrees):
+            return
+        product = (self.cfg or 1) * (self.ulysses or 1) * (self.ring or 1)
+        fits = product == world if all(degrees) else world % product == 0
+        if not fits:
+            shown = " x ".join(
+                f"{name} {value}"
+                for name, value in zip(("cfg", "ulysses", "ring"), degrees, strict=True)
+                if value
+            )
+            raise ParallelError(
+                f"{shown} is {product} processes, but workers is {world}. "
+                f"Set one of them to 0 (auto) or workers to {product}."
+            )
+
+    @property
+    def device_names(self) -> tuple[str, ...]:
+        """The devices named, in order; "cuda" is cuda:0."""
+        parts = (p.strip().lower() for p in self.devices.split(","))
+        return tuple("cuda:0" if p == "cuda" else p for p in parts if p)
+
+    @property
+    def is_explicit(self) -> bool:
+        """Whether the user asked for a number of workers, or named devices."""
+        return self.workers > 0 or bool(self.device_names)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def choose_devices(
+    config: SequenceParallelConfig, *, found: Sequence[str], own: str
+) -> tuple[str, ...]:
+    """Device of every rank; one entry means that there is nothing to share.
+
+    found: GPUs of one kind that this process sees; own: where ComfyUI has the model.
+    """
+    named = config.device_names
+    if config.workers == 1 or len(named) == 1:
+        return (own,)
+    for name in named:
+        if name != "cpu" and name not in found:
+            seen = ", ".join(found) or "no GPU"
+            raise ParallelError(f"devices: '{name}' does not exist here (found {seen}).")
+    if named:
+        if named[0] != own:
+            raise ParallelError(
+                f"devices starts with {named[0]}, but ComfyUI has this model on {own}: "
+                f"put {own} first."
+            )
+        return named
+    rest = [name for name in found if name != own]
+    if not config.workers:
+        return (own, *rest)
+    if len(rest) + 1 < config.workers:
+        seen = ", ".join(found) or "no GPU"
+        raise ParallelError(
+            f"workers is {config.workers}, but {seen} is all there is here. Lower workers, "
+            "or name devices ('cpu' may repeat)."
+        )
+    return (own, *rest[: config.workers - 1])
+
+
+def choose_layout(
+    config: SequenceParallelConfig, *, world: int, num_conds: int, num_heads: int | None
+) -> Layout:
+    """Degrees for `world` processes and an evaluation of `num_conds` conditionings.
+
+    CFG first where two conditionings come, then Ulysses while there are heads, then ring. With
+    cfg 2 and one conditioning, half of the processes have nothing to do.
+    """
+    if config.cfg == 2 and num_conds < 2:
+        return _split(config, world // 2, num_heads, cfg=1)
+    if config.cfg == 2:
+        return _split(config, world // 2, num_heads, cfg=2)
+    degrees = (config.ulysses or 1) * (config.ring or 1)
+    fits = world % 2 == 0 and (world // 2) % degrees == 0
+    if config.ulysses and config.ring:
+        fits = fits and world // 2 == degrees
+    if config.cfg == 0 and num_conds == 2 and fits:
+        return _split(config, world // 2, num_heads, cfg=2)
+    return _split(config, world, num_heads, cfg=1)
+
+
+def _split(
+    config: SequenceParallelConfig, ranks: int, num_heads: int | None, *, cfg: int
+) -> Layout:
+    if config.ulysses:
+        ulysses = config.ulysses
+    elif config.ring:
+        ulysses = ranks // config.ring
+    else:
+        limit = ranks if num_heads is None else max(min(ranks, num_heads), 1)
+        ulysses = next(n for n in range(limit, 0, -1) if ranks % n == 0)
+    return Layout(cfg=cfg, ulysses=ulysses, ring=max(ranks // ulysses, 1))

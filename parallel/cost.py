@@ -1,0 +1,58 @@
+"""Whether sharing pays, from one shared call's times, its bytes and the measured link speed."""
+
+from dataclasses import dataclass
+
+from .mesh import Layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One shared call on rank 0. bytes_sent: by this rank, without the broadcast; tokens: of all
+    streams; link_bytes_per_s: what one rank can send."""
+
+    total_s: float
+    exchange_s: float
+    broadcast_s: float
+    bytes_sent: int
+    tokens: int
+    link_bytes_per_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """Seconds of a call on one device and shared."""
+
+    one_s: float
+    shared_s: float
+
+    @property
+    def speedup(self) -> float:
+        return self.one_s / max(self.shared_s, 1e-9)
+
+
+def estimate(measured: Measured, layout: Layout) -> Estimate:
+    """What one device would need for the same work, and what sharing needs at link speed.
+
+    Waiting for slower ranks counts as exchange when measured, so the bytes at link speed stand
+    for the exchange where they give less. Both branches of a CFG layout are one device's work.
+    """
+    compute_s = max(measured.total_s - measured.exchange_s - measured.broadcast_s, 0.0)
+    wire_s = measured.bytes_sent / max(measured.link_bytes_per_s, 1.0)
+    exchange_s = min(measured.exchange_s, wire_s)
+    return Estimate(
+        one_s=compute_s * layout.world,
+        shared_s=compute_s + exchange_s + measured.broadcast_s,
+    )
+
+
+def advice(measured: Measured, layout: Layout) -> str | None:
+    """The sentence for a call that one device would do faster, else None."""
+    found = estimate(measured, layout)
+    if found.speedup >= 1:
+        return None
+    share = measured.exchange_s / max(measured.total_s, 1e-9)
+    return (
+        f"One device would be about {1 / found.speedup:.1f} times as fast as {layout}: "
+        f"{measured.tokens} tokens send {measured.bytes_sent / 1e6:.0f} MB a call at "
+        f"{measured.link_bytes_per_s / 1e9:.1f} GB/s, which is {share:.0%} of its time"
+    )

@@ -1,0 +1,286 @@
+"""The worker processes of this ComfyUI: started once, kept warm, shared by all models.
+
+`prepare` makes sure that the right workers run and have a model with its patches; `links` joins
+them in groups; `share` runs one model call with a branch of them. A fault inside any of these
+drops the groups, keeps the workers that answer and raises the first cause; the next call goes on
+with new groups, and new workers where some were lost.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .channel import ChannelClosed
+from .comm import GLOO, NCCL, Clock, TransportError
+from .crew import Crew, Setting
+from .launcher import Launcher, LocalLauncher
+from .mesh import Layout, Links
+from .messages import (
+    EndRun,
+    Failed,
+    Forward,
+    Groups,
+    Load,
+    Measure,
+    Message,
+    Patches,
+    Ping,
+    Unload,
+)
+from .wire import Meta
+from .workers import Meanwhile, Worker, WorkerError, ask, collect, failure, recover
+
+_LOAD_TIMEOUT_S = 1800  # a worker that dies while it loads is noticed at once
+_MAX_GRACE_S = 10
+_MAX_MODELS = 4
+_PROBE_BYTES = 1 << 21
+WORKER_PROGRAM = Path(__file__).with_name("start_worker.py")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model as workers know it. patches() is only called for a version they do not have."""
+
+    load: Load
+    version: str
+    patches: Callable[[], tuple[Any, list[torch.Tensor], str]]  # encoded, tensors, sha256
+
+
+class Pool:
+    """Rank 0's workers. One thread at a time, but `remote` may run beside `share`."""
+
+    def __init__(self, launcher: Callable[[], Launcher] | None = None):
+        self.crew = Crew(launcher or (lambda: LocalLauncher(WORKER_PROGRAM)))
+        self._links: dict[Layout, Links] = {}
+        self._epoch = 0
+        self._to_unload: set[str] = set()
+        self.link_bytes_per_s: float | None = None
+        self._clock = Clock(torch.device("cpu"))
+
+    @property
+    def workers(self) -> list[Worker]:
+        return self.crew.workers
+
+    def clock_of(self, device: torch.device) -> Clock:
+        """The clock of all exchanges of this process, which only goes forward."""
+        if self._clock.device != device:
+            self._clock = Clock(device)
+        return self._clock
+
+    # --- workers and models
+
+    def prepare(
+        self,
+        devices: Sequence[str],
+        setting: Setting,
+        model: Model,
+        *,
+        meanwhile: Meanwhile = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Make devices[1:] the workers, with `model` loaded and patched.
+
+        Costs one Ping where everything is in place. Raises WorkerError, StartFailed.
+        """
+        with self._guarded(setting.timeout_s):
+            if self.crew.require(devices[1:], setting, meanwhile=meanwhile, progress=progress):
+                self._drop_links()
+            for key in list(self._to_unload):
+                self.unload(key)
+            wanted = self.workers[: len(devices) - 1]
+            ask(wanted, Ping(), timeout_s=setting.timeout_s, meanwhile=meanwhile)
+            self._load(wanted, model, meanwhile)
+
+    def is_ready(self, devices: Sequence[str], model: Model) -> bool:
+        """Whether `prepare` has nothing to do, without asking anybody."""
+        wanted = self.workers[: len(devices) - 1]
+        return len(wanted) == len(devices) - 1 and all(
+            worker.device == device
+            and worker.is_alive
+            and worker.models.get(model.load.key) == model.version
+            for worker, device in zip(wanted, devices[1:], strict=True)
+        )
+
+    def _load(self, workers: list[Worker], model: Model, meanwhile: Meanwhile) -> None:
+        key = model.load.key
+        lacking = [w for w in workers if key not in w.models]
+        for worker in lacking:
+            if len(worker.models) >= _MAX_MODELS:  # the first one is the least recently used
+                self._tell(worker, Unload(next(iter(worker.models))), meanwhile)
+        ask(lacking, model.load, timeout_s=_LOAD_TIMEOUT_S, meanwhile=meanwhile)
+        for worker in lacking:
+            worker.models[key] = None
+        outdated = [w for w in workers if w.models[key] != model.version]
+        if outdated:
+            encoded, tensors, digest = model.patches()
+            message = Patches(key, model.version, encoded)
+            facts = ask(outdated, message, tensors, timeout_s=_LOAD_TIMEOUT_S, meanwhile=meanwhile)
+            for worker, found in zip(outdated, facts, strict=True):
+                if found["sha256"] != digest:
+                    raise WorkerError(f"{worker} did not get the model's patches as they are")
+                worker.models[key] = model.version
+        for worker in workers:  # now the most recently used
+            worker.models[key] = worker.models.pop(key)
+
+    def _tell(self, worker: Worker, message: Message, meanwhile: Meanwhile = None) -> None:
+        ask([worker], message, timeout_s=_LOAD_TIMEOUT_S, meanwhile=meanwhile)
+        if isinstance(message, Unload):
+            worker.models = {
+                k: v for k, v in worker.models.items() if message.key and k != message.key
+            }
+
+    # --- groups
+
+    def links(self, layout: Layout, setting: Setting, device: torch.device) -> Links:
+        """This process's groups under `layout`, made if need be. Raises WorkerError."""
+        found = self._links.get(layout)
+        if found is not None:
+            return found
+        with self._guarded(setting.timeout_s):
+            if not self._links:
+                self._epoch += 1
+            name = f"{self._epoch}-{layout.cfg}-{layout.ulysses}-{layout.ring}"
+            path = str(self.crew.folder / f"store-{name}")
+            members = self.workers[: layout.world - 1]
+            backend = self._backend(device, members)
+            degrees = (layout.cfg, layout.ulysses, layout.ring)
+            for process, worker in enumerate(members, 1):
+                worker.send(
+                    Groups(self._epoch, name, path, process, degrees, backend, setting.timeout_s)
+                )
+            self._links[layout] = Links(
+                layout, 0, dist.FileStore(path, layout.world), name=name,
+                backend=backend, timeout_s=setting.timeout_s, clock=self.clock_of(device),
+            )  # fmt: skip
+            collect(members, timeout_s=setting.timeout_s)
+            self._measure(self._links[layout], name, setting)
+        return self._links[layout]
+
+    def _backend(self, device: torch.device, members: Sequence[Worker]) -> str:
+        on_gpus = device.type == "cuda" and all(w.device != "cpu" for w in members)
+        return NCCL if on_gpus and dist.is_nccl_available() and os.name != "nt" else GLOO
+
+    def _measure(self, links: Links, name: str, setting: Setting) -> None:
+        """Speed of the links between the ranks of branch 0."""
+        if links.mesh is None or self.link_bytes_per_s is not None:
+            return
+        members = self.workers[: links.layout.ranks - 1]
+        for worker in members:
+            worker.send(Measure(name, _PROBE_BYTES))
+        self.link_bytes_per_s = links.mesh.measure(_PROBE_BYTES)
+        collect(members, timeout_s=setting.timeout_s)
+
+    def _drop_links(self) -> None:
+        for links in self._links.values():
+            links.close()
+        self._links.clear()
+
+    # --- calls
+
+    @contextmanager
+    def share(
+        self, layout: Layout, message: Forward, tensors: Sequence[torch.Tensor], *, timeout_s: float
+    ) -> Iterator[None]:
+        """Hand a call to the workers of branch 0; inside, this process does its own part."""
+        members = self._hand_over(layout, 0, message, tensors)
+        yield
+        collect(members, timeout_s=timeout_s)
+
+    def remote(
+        self,
+        layout: Layout,
+        message: Forward,
+        tensors: Sequence[torch.Tensor],
+        *,
+        waiting: Callable[[], AbstractContextManager[None]],
+        meanwhile: Meanwhile,
+        timeout_s: float,
+    ) -> tuple[Any, list[torch.Tensor]]:
+        """Hand a call to branch 1 and wait for its output: encoded, and the tensors beside it.
+
+        The answer is waited for inside `waiting`; `meanwhile` raises to give up.
+        """
+        leader, *others = self._hand_over(layout, 1, message, tensors)
+        with waiting():
+            answer = leader.answer(None, meanwhile=meanwhile)
+        if isinstance(answer, Failed):
+            raise failure(leader, answer)
+        links, received = self._links[layout], []
+        assert links.relay is not None
+        for found in answer.facts["metas"]:
+            meta = Meta.from_json(found)
+            tensor = torch.empty(meta.shape, dtype=meta.dtype, device=links.clock.device)
+            links.relay.recv(tensor, source=1)
+            received.append(tensor)
+        collect(others, timeout_s=timeout_s)
+        return answer.facts["out"], received
+
+    def _hand_over(
+        self, layout: Layout, branch: int, message: Forward, tensors: Sequence[torch.Tensor]
+    ) -> list[Worker]:
+        links = self._links[layout]
+        members = [self.workers[p - 1] for p in layout.members(branch) if p > 0]
+        for worker in members:
+            worker.send(message)
+        group = links.entry(branch)
+        with links.clock.measure("broadcast"):
+            for tensor in tensors:
+                group.broadcast(tensor, root=0)
+        return members
+
+    @contextmanager
+    def recovered(self, timeout_s: float) -> Iterator[None]:
+        """On any exception inside, bring the workers back to a state from which to go on."""
+        with self._guarded(timeout_s):
+            yield
+
+    @contextmanager
+    def _guarded(self, timeout_s: float) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            cause = self._recover(error, timeout_s)
+            if cause is error:
+                raise
+            raise cause from error
+
+    def _recover(self, error: BaseException, timeout_s: float) -> BaseException:
+        self._drop_links()
+        cause, lost = recover(
+            self.workers, error, grace_s=min(timeout_s, _MAX_GRACE_S), timeout_s=timeout_s
+        )
+        self.crew.workers = [w for w in self.workers if w not in lost]
+        return cause
+
+    # --- ends
+
+    def end_run(self) -> None:
+        """Tell the workers that a sampling run is over."""
+        for worker in self.workers:
+            try:
+                self._tell(worker, EndRun())
+            except (ChannelClosed, TimeoutError, WorkerError, TransportError):
+                continue  # it is replaced when it is needed again
+
+    def unload(self, key: str) -> None:
+        """Drop a model on all workers, as ComfyUI does on /free; later, if they are busy."""
+        if any(w.num_owed for w in self.workers):
+            self._to_unload.add(key)
+            return
+        self._to_unload.discard(key)
+        for worker in [w for w in self.workers if key in w.models]:
+            try:
+                self._tell(worker, Unload(key))
+            except (ChannelClosed, TimeoutError, WorkerError, TransportError):
+                continue
+
+    def close(self) -> None:
+        """End all workers."""
+        self._drop_links()
+        self.crew.close()

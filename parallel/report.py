@@ -1,0 +1,66 @@
+"""Sequence parallel in the report: what was shared, what was not and why, where the time went."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..backends.report import Section
+from .mesh import Layout
+
+
+@dataclass
+class Counts:
+    """What happened in one run. seconds: by kind, of the shared calls on rank 0."""
+
+    workers: int = 1
+    shared: int = 0
+    local: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
+    layouts: dict[Layout, int] = field(default_factory=dict)
+    total_s: float = 0.0
+    seconds: dict[str, float] = field(default_factory=dict)
+    bytes_sent: int = 0
+    devices: tuple[str, ...] = ()
+    link_bytes_per_s: float | None = None
+
+    def count_local(self, reason: str) -> None:
+        self.local += 1
+        self.reasons[reason] = self.reasons.get(reason, 0) + 1
+
+
+def section(counts: Counts) -> Section:
+    """The technique's part of the report; the layout is the one most calls had."""
+    layout = max(counts.layouts, key=lambda one: counts.layouts[one], default=Layout())
+    exchange = counts.seconds.get("exchange", 0.0) + counts.seconds.get("gather", 0.0)
+    broadcast = counts.seconds.get("broadcast", 0.0)
+    compute = max(counts.total_s - exchange - broadcast, 0.0)
+    found: dict[str, Any] = {
+        "workers": counts.workers,
+        "ulysses": layout.ulysses,
+        "ring": layout.ring,
+        "cfg": layout.cfg,
+        "calls_distributed": counts.shared,
+        "calls_local": counts.local,
+        "reasons": counts.reasons,
+        "seconds": {
+            "compute": round(compute, 4),
+            "exchange": round(exchange, 4),
+            "broadcast": round(broadcast, 4),
+        },
+        "bytes_exchanged": counts.bytes_sent,
+        "devices": list(counts.devices),
+        "link_bytes_per_s": counts.link_bytes_per_s,
+    }
+    return Section(found, tuple(_lines(counts, layout, exchange, broadcast)))
+
+
+def _lines(counts: Counts, layout: Layout, exchange: float, broadcast: float) -> list[str]:
+    if counts.workers == 1 and not counts.local:
+        return []
+    total = counts.shared + counts.local
+    head = f"parallel: {counts.shared}/{total} calls over {counts.workers} processes ({layout})"
+    if counts.shared:
+        share = (exchange + broadcast) / max(counts.total_s, 1e-9)
+        head += f", exchange and broadcast {share:.0%} of their time"
+    lines = [head]
+    lines += [f"on one device, {n} times: {reason}" for reason, n in counts.reasons.items()]
+    return lines

@@ -1,0 +1,327 @@
+"""Sequence parallel during one sampling run: which calls of the network are shared, and how.
+
+Every call that cannot be shared runs on rank 0 alone and is counted with its reason. Works on a
+Pool and on what apply.py found out about the MODEL; touches no ComfyUI.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..backends.architectures.tokens import TokenPlan
+from ..backends.attention.override import Override
+from ..backends.report import Section
+from ..backends.run import CALL, Run
+from . import block_cache
+from .attention import SharedAttention
+from .bind import Bound, bind
+from .config import SequenceParallelConfig, choose_layout
+from .control import local_control
+from .cost import Measured, advice
+from .crew import Setting
+from .engine import Call
+from .hooks import installed
+from .mesh import Layout
+from .messages import Forward
+from .network_call import NetworkCall
+from .pool import Model, Pool
+from .report import Counts, section
+from .route import BRANCH, Baton, Cancelled
+from .runs import CallFacts
+from .shards import PlanError
+from .wire import Meta, Unsupported, decode, encode
+
+OVERRIDE = "optimized_attention_override"
+_DROPPED = ("wrappers", "callbacks", OVERRIDE, "patches", "patches_replace")
+_JUDGED_CALL = 2  # the first shared call of a run warms up
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A MODEL that workers can have. meanwhile: raises when the user interrupts."""
+
+    pool: Pool
+    devices: tuple[str, ...]
+    device: torch.device
+    setting: Setting
+    model: Model
+    network: torch.nn.Module
+    plan: TokenPlan
+    num_heads: int | None
+    techniques: dict[str, dict[str, Any]]
+    meanwhile: Callable[[], None]
+
+
+class ParallelRun:
+    """One run's State. `shared` None: nothing can be shared; `reason` says why not (any more)."""
+
+    def __init__(
+        self, run: Run, config: SequenceParallelConfig, shared: Shared | None, reason: str = ""
+    ):
+        self.run, self.config, self.shared, self.reason = run, config, shared, reason
+        self.layout: Layout | None = None
+        self.baton: Baton | None = None  # while two branches run
+        self.decisions = block_cache.Decisions()
+        self.counts = Counts(workers=len(shared.devices) if shared else 1)
+        self._bound: dict[int, Bound] = {}
+        self._is_attached = False
+        if shared is not None:
+            self.counts.devices = shared.devices
+            self._clock = shared.pool.clock_of(shared.device)
+            self._seconds_before = self._clock.seconds()
+            self._bytes_before = self._clock.bytes_sent
+
+    # --- layout
+
+    def choose(self, num_conds: int) -> Layout | None:
+        """The layout for the calls of an evaluation of so many conditionings; None: one device."""
+        self.layout = None
+        if self.shared is not None and not self.reason:
+            self.layout = choose_layout(
+                self.config,
+                world=len(self.shared.devices),
+                num_conds=num_conds,
+                num_heads=self.shared.num_heads,
+            )
+        return self.layout
+
+    def stop_sharing(self, reason: str) -> None:
+        """No further call of this run is shared."""
+        self.reason = reason
+        self.layout = None
+        self.run.note(reason)
+
+    # --- calls
+
+    def call(self, executor: Callable[..., Any], call: NetworkCall, method: str) -> Any:
+        """One call of the network: shared if it can be, else on rank 0 alone."""
+        layout = self.layout or self.choose(1)
+        reason = self.reason or self._refusal(layout, call)
+        if reason:
+            return self._alone(reason, executor, call)
+        assert self.shared is not None
+        assert layout is not None
+        try:
+            encoded, tensors = _encode_call(call)
+        except Unsupported as error:
+            return self._alone(f"{error}, which cannot travel", executor, call)
+        started = time.perf_counter()
+        try:
+            with self._barrier():
+                message = self._message(layout, call, method, encoded, tensors)
+                if call.options.get(BRANCH):
+                    out = self._remote(layout, message, tensors)
+                else:
+                    out = self._together(layout, message, tensors, call, executor)
+        except PlanError as error:
+            if self.baton is not None:
+                raise  # the pair of branches is repeated on one device
+            self.stop_sharing(str(error))
+            return self._alone(str(error), executor, call)
+        self.counts.shared += 1
+        self.counts.layouts[layout] = self.counts.layouts.get(layout, 0) + 1
+        if not call.options.get(BRANCH):
+            self.counts.total_s += time.perf_counter() - started
+        return out
+
+    def _refusal(self, layout: Layout | None, call: NetworkCall) -> str | None:
+        """Why this call cannot be shared, or None."""
+        if layout is None or self.shared is None:
+            return "nothing to share with"
+        if layout.ranks == 1 and self.baton is None:
+            return "one conditioning: cfg has nothing to split"
+        for kind in ("patches", "patches_replace"):
+            names = sorted(n for n, found in (call.options.get(kind) or {}).items() if found)
+            if names:
+                return f"patches of the model's blocks ({', '.join(names)}) cannot travel"
+        override = call.options.get(OVERRIDE)
+        if isinstance(override, Override):
+            override = override.previous
+        if override is not None:
+            return "an attention override cannot travel: use SlipstreamAttention instead"
+        plan = self.shared.plan
+        return plan.refuse(call.arguments, call.options) if plan.refuse is not None else None
+
+    def _message(
+        self,
+        layout: Layout,
+        call: NetworkCall,
+        method: str,
+        encoded: Any,
+        tensors: list[torch.Tensor],
+    ) -> Forward:
+        """The Forward for a call; workers are ready for it afterwards."""
+        shared = self.shared
+        assert shared is not None
+        pool = shared.pool
+        if not pool.is_ready(shared.devices, shared.model):
+            self.decisions.alone()
+            pool.prepare(shared.devices, shared.setting, shared.model, meanwhile=shared.meanwhile)
+        links = pool.links(layout, shared.setting, shared.device)
+        now = call.options[CALL]
+        early = self.decisions.take_early(now)
+        facts = CallFacts.of(self.run, now, shared.techniques, early)
+        return Forward(
+            key=shared.model.load.key,
+            groups=links.name,
+            method=method,
+            arguments=encoded,
+            metas=[Meta.of(t).to_json() for t in tensors],
+            run=encode(facts.to_dict(), []),
+        )
+
+    def _together(
+        self,
+        layout: Layout,
+        message: Forward,
+        tensors: list[torch.Tensor],
+        call: NetworkCall,
+        executor: Callable[..., Any],
+    ) -> Any:
+        """This process's part of a call that branch 0 shares."""
+        shared = self.shared
+        assert shared is not None
+        links = shared.pool.links(layout, shared.setting, shared.device)
+        if links.mesh is None:  # the branch is this process alone
+            return call.run(executor)
+        plan = shared.plan.for_call(call.arguments)
+        if id(plan) not in self._bound:
+            self._bound[id(plan)] = bind(plan, shared.network)
+        part = Call(
+            self._bound[id(plan)], links.mesh, links.clock, may_skip="cache" in shared.techniques
+        )
+        own = SharedAttention(part, call.options.get(OVERRIDE))
+        local = call.with_(
+            local_control(part, call.arguments),
+            {**call.options, OVERRIDE: own, "prefetch_dynamic_vbars": False},
+        )
+        before = self._clock.seconds(), self._clock.bytes_sent, time.perf_counter()
+        self._attach_cache()
+        self.decisions.mesh = links.mesh
+        try:
+            timeout_s = self.config.timeout_s
+            with shared.pool.share(layout, message, tensors, timeout_s=timeout_s), installed(part):
+                out = local.run(executor)
+        finally:
+            self.decisions.mesh = None
+        self.decisions.shared()
+        if self.counts.shared + 1 == _JUDGED_CALL:
+            self._judge(layout, part, *before)
+        return out
+
+    def _remote(self, layout: Layout, message: Forward, tensors: list[torch.Tensor]) -> Any:
+        """A call that branch 1 does without this process."""
+        shared, baton = self.shared, self.baton
+        assert shared is not None
+        assert baton is not None
+        over_since: list[float] = []
+
+        def watch() -> None:
+            if baton.is_cancelled:
+                raise Cancelled
+            if baton.first_is_over.is_set():
+                over_since.append(time.monotonic())
+                if time.monotonic() - over_since[0] > self.config.timeout_s:
+                    raise TimeoutError
+
+        found, received = shared.pool.remote(
+            layout, message, tensors,
+            waiting=baton.released, meanwhile=watch, timeout_s=self.config.timeout_s,
+        )  # fmt: skip
+        return decode(found, received, device=shared.device)
+
+    def _alone(self, reason: str, executor: Callable[..., Any], call: NetworkCall) -> Any:
+        self.counts.count_local(reason)
+        self.decisions.alone()
+        return call.run(executor)
+
+    @contextmanager
+    def _barrier(self) -> Iterator[None]:
+        """Faults are dealt with here, or around both branches if there are two."""
+        if self.baton is not None:
+            yield
+            return
+        with self.recovered():
+            yield
+
+    @contextmanager
+    def recovered(self) -> Iterator[None]:
+        """After a fault inside, the workers are usable again, and the first cause is raised."""
+        assert self.shared is not None
+        try:
+            with self.shared.pool.recovered(self.config.timeout_s):
+                yield
+        except BaseException:
+            self.decisions.alone()
+            raise
+
+    def _attach_cache(self) -> None:
+        """Let this run's decisions overrule a block cache that travels."""
+        assert self.shared is not None
+        if "cache" in self.shared.techniques and not self._is_attached:
+            block_cache.attach(self.run.states["cache"], self.decisions)
+            self._is_attached = True
+
+    # --- cost and report
+
+    def _judge(
+        self, layout: Layout, part: Call, seconds: dict[str, float], num_bytes: int, started: float
+    ) -> None:
+        """Say if one device would be faster, and with workers 0 use it from now on."""
+        assert self.shared is not None
+        spent = {k: v - seconds.get(k, 0.0) for k, v in self._clock.seconds().items()}
+        measured = Measured(
+            total_s=time.perf_counter() - started,
+            exchange_s=spent.get("exchange", 0.0) + spent.get("gather", 0.0),
+            broadcast_s=spent.get("broadcast", 0.0),
+            bytes_sent=self._clock.bytes_sent - num_bytes,
+            tokens=sum(part.lengths.values()),
+            link_bytes_per_s=self.shared.pool.link_bytes_per_s or float("inf"),
+        )
+        sentence = advice(measured, layout)
+        if sentence is None:
+            return
+        if self.config.workers:
+            self.run.note(sentence)
+        else:
+            self.stop_sharing(f"{sentence}. workers=0 uses one device from here on")
+
+    def section(self) -> Section:
+        counts = self.counts
+        if self.shared is not None:
+            before = self._seconds_before
+            counts.seconds = {k: v - before.get(k, 0) for k, v in self._clock.seconds().items()}
+            counts.bytes_sent = self._clock.bytes_sent - self._bytes_before
+            counts.link_bytes_per_s = self.shared.pool.link_bytes_per_s
+        return section(counts)
+
+    def close(self) -> None:
+        """Drop what the run kept, here and on the workers."""
+        shared, self.shared = self.shared, None
+        self._bound.clear()
+        if shared is not None and self.counts.shared:
+            shared.pool.end_run()
+
+
+def _encode_call(call: NetworkCall) -> tuple[Any, list[torch.Tensor]]:
+    """The call for the wire: (positional names, arguments, options), tensors beside.
+
+    Options of other nodes that cannot travel are left out: the network's forward reads ComfyUI's
+    own ones. An argument that cannot travel raises Unsupported.
+    """
+    tensors: list[torch.Tensor] = []
+    arguments = encode(call.arguments, tensors, "an argument")
+    options = {}
+    for name, value in call.options.items():
+        if name in _DROPPED or name.startswith("slipstream"):
+            continue
+        known = len(tensors)
+        try:
+            options[name] = encode(value, tensors, name)
+        except Unsupported:
+            del tensors[known:]
+    return [list(call.positional), arguments, options], [t.contiguous() for t in tensors]

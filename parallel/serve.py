@@ -1,0 +1,276 @@
+"""The worker's side of every message: groups, models, its part of model calls.
+
+Knows nothing of ComfyUI: `Models` (worker.py) loads and patches. One message at a time, one
+answer to each; whatever goes wrong in between becomes a Failed with the traceback, and closes the
+groups, so that peers that wait for this worker fail at once.
+"""
+
+import gc
+import traceback
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from ..backends.architectures.plans import find_plan
+from ..backends.architectures.tokens import TokenPlan
+from .attention import SharedAttention
+from .bind import Bound, bind
+from .channel import Channel, ChannelClosed
+from .comm import Clock, TransportError
+from .control import local_control
+from .engine import Call, EarlyExit
+from .hooks import installed
+from .mesh import Layout, Links
+from .messages import (
+    ERROR,
+    PLAN,
+    TRANSPORT,
+    Done,
+    EndRun,
+    Exit,
+    Failed,
+    Forward,
+    Groups,
+    Load,
+    Measure,
+    Message,
+    Patches,
+    Ping,
+    Unload,
+)
+from .network_call import NetworkCall
+from .runs import CallFacts, WorkerRun
+from .shards import PlanError
+from .wire import Meta, decode, encode
+
+OVERRIDE = "optimized_attention_override"
+
+
+class Model(Protocol):
+    """A loaded and patched model."""
+
+    network: torch.nn.Module
+
+    def begin(self, facts: CallFacts, decide: Callable[[Any, bool], bool]) -> WorkerRun: ...
+
+
+class Models(Protocol):
+    """What this worker has loaded."""
+
+    def load(self, message: Load) -> Any: ...
+
+    def patch(self, message: Patches, tensors: list[torch.Tensor]) -> Any: ...
+
+    def unload(self, key: str) -> None: ...
+
+    def facts(self) -> dict[str, Any]: ...
+
+    def __getitem__(self, key: str) -> Model: ...
+
+
+class Server:
+    """Answers rank 0 until it goes away, says Exit, or is silent for idle_s (0: for ever)."""
+
+    def __init__(self, channel: Channel, models: Models, device: torch.device, idle_s: float):
+        self.channel, self.models, self.device, self.idle_s = channel, models, device, idle_s
+        self.clock = Clock(device)
+        self._links: dict[str, Links] = {}
+        self._epoch = 0
+        self._bound: dict[tuple[int, int], Bound] = {}
+        self._run: WorkerRun | None = None
+        self._decisions: list[bool] = []
+
+    def serve(self) -> None:
+        """The message loop."""
+        while True:
+            try:
+                message, tensors = self.channel.recv(self.idle_s or None)
+            except (TimeoutError, ChannelClosed):
+                return
+            if isinstance(message, Exit):
+                return
+            try:
+                if not self._answer(message, tensors):
+                    return
+            except ChannelClosed:
+                return
+
+    def _answer(self, message: Message, tensors: list[torch.Tensor]) -> bool:
+        try:
+            facts, output = self._handle(message, tensors)
+        except Exception as error:  # noqa: BLE001 - reported to rank 0
+            self._drop_links()
+            causes: dict[type[Exception], str] = {TransportError: TRANSPORT, PlanError: PLAN}
+            cause = causes.get(type(error), ERROR)
+            answer = Failed(cause, f"{type(error).__name__}: {error}", traceback.format_exc())
+            if cause == PLAN:
+                answer = Failed(cause, str(error), "")
+            del error
+            self._end_run()
+            gc.collect()  # frames of the traceback
+            self.channel.send(answer)
+            return True
+        self.channel.send(Done(facts))
+        self._hand_back(message, output)
+        return True
+
+    def _handle(
+        self, message: Message, tensors: list[torch.Tensor]
+    ) -> tuple[Any, list[torch.Tensor]]:
+        """Facts for the answer, and tensors that follow it over the groups."""
+        match message:
+            case Forward():
+                with torch.inference_mode():
+                    return self._forward(message)
+            case Groups():
+                self._join(message)
+            case Measure():
+                mesh = self._links[message.groups].mesh
+                assert mesh is not None
+                mesh.measure(message.num_bytes)
+            case Load():
+                return self.models.load(message), []
+            case Patches():
+                self._end_run()
+                return self.models.patch(message, tensors), []
+            case EndRun():
+                self._end_run()
+            case Unload():
+                self._end_run()
+                self._bound.clear()
+                self.models.unload(message.key)
+            case Ping():
+                return self.models.facts(), []
+            case _:
+                raise ValueError(f"a worker does not take {type(message).__name__}")
+        return None, []
+
+    # --- groups
+
+    def _join(self, message: Groups) -> None:
+        if message.epoch != self._epoch:
+            self._drop_links()
+            self._epoch = message.epoch
+        cfg, ulysses, ring = message.layout
+        layout = Layout(cfg=cfg, ulysses=ulysses, ring=ring)
+        self._links[message.name] = Links(
+            layout, message.process, dist.FileStore(message.store, layout.world),
+            name=message.name, backend=message.backend, timeout_s=message.timeout_s,
+            clock=self.clock,
+        )  # fmt: skip
+
+    def _drop_links(self) -> None:
+        for links in self._links.values():
+            links.close()
+        self._links.clear()
+
+    # --- model calls
+
+    def _forward(self, message: Forward) -> tuple[Any, list[torch.Tensor]]:
+        links = self._links.get(message.groups)
+        if links is None:
+            raise TransportError(f"no groups {message.groups}")
+        model, tensors = self.models[message.key], self._receive(links, message.metas)
+        call = self._read(message.arguments, tensors)
+        facts = CallFacts(**decode(message.run, []))
+        self._decisions = list(facts.decisions)
+        run = self._run_of(model, facts, links)
+        forward = self._part(model.network, message.method, links)
+        out = run.call(facts, model.network, call, forward)
+        is_leader = links.layout.branch(links.process) > 0 and links.layout.rank(links.process) == 0
+        if not is_leader:
+            return None, []
+        output: list[torch.Tensor] = []
+        encoded = encode(out, output)
+        output = [t.to(self.device).contiguous() for t in output]
+        return {"out": encoded, "metas": [Meta.of(t).to_json() for t in output]}, output
+
+    def _read(self, found: Any, tensors: list[torch.Tensor]) -> NetworkCall:
+        """The call as rank 0 encoded it."""
+        positional, arguments, options = found
+        return NetworkCall(
+            tuple(positional),
+            decode(arguments, tensors, device=self.device),
+            {k: decode(v, tensors, device=self.device) for k, v in options.items()},
+        )
+
+    def _receive(self, links: Links, metas: list[Any]) -> list[torch.Tensor]:
+        """The call's tensors, from rank 0."""
+        group = links.entry(links.layout.branch(links.process))
+        received = []
+        for found in metas:
+            meta = Meta.from_json(found)
+            tensor = torch.empty(meta.shape, dtype=meta.dtype, device=self.device)
+            group.broadcast(tensor, root=0)
+            received.append(tensor if meta.on_device else tensor.cpu())
+        return received
+
+    def _part(self, network: torch.nn.Module, method: str, links: Links) -> Callable[..., Any]:
+        """This rank's part of network.method, to be run inside the techniques' wrappers."""
+        function = getattr(network, method)
+        mesh = links.mesh
+        if mesh is None:
+            return function
+
+        def part(*args: Any, **kwargs: Any) -> Any:
+            whole = NetworkCall.of(function, args, kwargs)
+            call = Call(self._bind(network, whole.arguments), mesh, self.clock, may_skip=True)
+            own = SharedAttention(call, whole.options.get(OVERRIDE))
+            local = whole.with_(
+                local_control(call, whole.arguments),
+                {**whole.options, OVERRIDE: own, "prefetch_dynamic_vbars": False},
+            )
+            with installed(call):
+                try:
+                    return local.run(function)
+                except EarlyExit:
+                    # Nobody reads it: a block cache around this must only see a tensor.
+                    return torch.zeros((), device=self.device)
+
+        return part
+
+    def _bind(self, network: torch.nn.Module, arguments: dict[str, Any]) -> Bound:
+        plan = find_plan(network)
+        if not isinstance(plan, TokenPlan):
+            raise PlanError(plan)
+        plan = plan.for_call(arguments)
+        key = (id(network), id(plan))
+        if key not in self._bound:
+            self._bound[key] = bind(plan, network)
+        return self._bound[key]
+
+    def _run_of(self, model: Model, facts: CallFacts, links: Links) -> WorkerRun:
+        if self._run is None or self._run.id != facts.run:
+            self._end_run()
+            self._run = model.begin(facts, self._decide)
+        self._mesh = links.mesh
+        return self._run
+
+    def _decide(self, call: Any, reuse: bool) -> bool:
+        """Rank 0's decision of a block cache: known before the call, or sent within it."""
+        if self._decisions:
+            return self._decisions.pop(0)
+        if self._mesh is None:
+            return reuse
+        flag = torch.zeros(1, dtype=torch.uint8, device=self.device)
+        self._mesh.main.broadcast(flag, root=0)
+        return bool(flag.item())
+
+    def _end_run(self) -> None:
+        if self._run is not None:
+            run, self._run = self._run, None
+            run.close()
+
+    def _hand_back(self, message: Message, output: list[torch.Tensor]) -> None:
+        """Send a branch's output to rank 0. A failure is rank 0's to notice."""
+        if not isinstance(message, Forward):
+            return
+        links = self._links[message.groups]
+        try:
+            for tensor in output:
+                assert links.relay is not None
+                links.relay.send(tensor, to=0)
+        except TransportError:
+            self._drop_links()

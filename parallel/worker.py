@@ -1,0 +1,141 @@
+"""A worker process: becomes a ComfyUI without server and nodes, and serves rank 0.
+
+The end of stdin, which rank 0 holds open, ends the process whatever it is doing: no worker
+outlives ComfyUI, even if ComfyUI is killed.
+"""
+
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Client
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..backends import host, worker_host
+from ..backends.run import attached
+from .channel import Channel
+from .messages import Done, Hello, Load, Patches, Start
+from .payload import decode_patches, encode_patches
+from .runs import CallFacts, WorkerRun
+from .serve import Server
+from .wire import decode
+
+OWN_PACKAGE = (__package__ or "").rpartition(".")[0]
+
+
+def main(arguments: Sequence[str]) -> None:
+    """HOST PORT NUMBER; the key is the first line of stdin."""
+    address, port, number = arguments
+    key = bytes.fromhex(sys.stdin.readline())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    channel = Channel(Client((address, int(port)), authkey=key))
+    channel.send(Hello(int(number)))
+    start, _ = channel.recv()
+    assert isinstance(start, Start)
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+    torch.set_num_threads(start.num_threads)
+    device = torch.device(start.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    given = decode(start.arguments, [])
+    given["cpu"] = device.type == "cpu"
+    worker_host.become_comfyui(start.comfyui, given)
+    channel.send(Done())
+    Server(channel, LoadedModels(), device, start.idle_s).serve()
+    sys.stdout.flush()
+    os._exit(0)  # the thread that waits for stdin would hold the process
+
+
+def _end_with_parent() -> None:
+    while sys.stdin.read(1):
+        pass
+    os._exit(1)
+
+
+class LoadedModel:
+    """One model with its patches."""
+
+    def __init__(self, patcher: Any):
+        self.patcher = patcher
+        self.network = host.diffusion_model(patcher)
+
+    def begin(self, facts: CallFacts, decide: Callable[[Any, bool], bool]) -> WorkerRun:
+        """A sampling run of rank 0, with the techniques it named."""
+        patcher = self.patcher
+        for name, fields in facts.techniques.items():
+            patcher = _APPLY[name](patcher, fields, decide)
+        return WorkerRun(patcher, facts, attached(patcher))
+
+
+class LoadedModels:
+    """What this worker has loaded, by rank 0's keys."""
+
+    def __init__(self) -> None:
+        self._bases: dict[str, Any] = {}
+        self._models: dict[str, LoadedModel] = {}
+
+    def __getitem__(self, key: str) -> LoadedModel:
+        return self._models[key]
+
+    def load(self, message: Load) -> dict[str, Any]:
+        """Follow the recipe. Raises ValueError if a file is not the one that rank 0 loaded."""
+        for path, identity in message.files.items():
+            found = Path(path).stat()
+            if [found.st_size, found.st_mtime_ns] != identity:
+                raise ValueError(f"{path} has changed since ComfyUI loaded it: load it again")
+        recipe = worker_host.Recipe(
+            message.module, message.function, decode(message.arguments, []), message.index
+        )
+        self._bases[message.key] = worker_host.load(recipe, OWN_PACKAGE)
+        return self.facts()
+
+    def patch(self, message: Patches, tensors: list[torch.Tensor]) -> dict[str, Any]:
+        """Put the patches on the model; answers with what arrived."""
+        patches = decode_patches(message.patches, tensors, worker_host.adapter)
+        _, _, sha256 = encode_patches(patches, worker_host.adapter_parts)
+        base = self._bases[message.key]
+        self._models[message.key] = LoadedModel(worker_host.patched(base, patches, message.version))
+        return {"count": len(patches), "sha256": sha256}
+
+    def unload(self, key: str) -> None:
+        """Drop one model, or all ("")."""
+        for known in [key] if key else list(self._bases):
+            self._bases.pop(known, None)
+            self._models.pop(known, None)
+        worker_host.unload_models()
+
+    def facts(self) -> dict[str, Any]:
+        return {"models": len(self._bases), "private_bytes": private_bytes()}
+
+
+def private_bytes() -> int | None:
+    """Memory that this process alone uses (Linux), None elsewhere."""
+    status = Path("/proc/self/smaps_rollup")
+    if not status.exists():
+        return None
+    lines = (line.split() for line in status.read_text().splitlines()[1:])
+    return sum(int(f[1]) * 1024 for f in lines if f[0] in ("Private_Clean:", "Private_Dirty:"))
+
+
+def _attention(patcher: Any, fields: dict[str, Any], decide: Any) -> Any:
+    from ..backends.attention.apply import apply_attention
+    from ..backends.attention.config import AttentionConfig
+
+    return apply_attention(patcher, AttentionConfig(**fields))
+
+
+def _cache(patcher: Any, fields: dict[str, Any], decide: Any) -> Any:
+    from ..backends.cache.apply import apply_cache
+    from ..backends.cache.config import CacheConfig
+
+    return apply_cache(patcher, CacheConfig(**fields), decider=decide)
+
+
+_APPLY: dict[str, Callable[[Any, dict[str, Any], Any], Any]] = {
+    "attention": _attention,
+    "cache": _cache,
+}

@@ -1,0 +1,159 @@
+"""Rank 0's view of its worker processes: ask, wait, recover, and the sentence for what went wrong.
+
+A worker answers every message once. After a fault its open answers are collected: who answers
+stays, who does not is killed and named.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from .channel import ChannelClosed
+from .comm import TransportError
+from .launcher import Handle
+from .messages import ERROR, PLAN, Done, Exit, Failed, Message
+from .shards import PlanError
+
+log = logging.getLogger("slipstream")
+
+Meanwhile = Callable[[], None] | None
+
+
+class WorkerError(RuntimeError):
+    """A worker failed, died or hangs: what the node shows."""
+
+
+class Worker:
+    """One worker: where it is, what it has loaded, how many answers it owes."""
+
+    def __init__(self, handle: Handle, device: str):
+        self.handle, self.device = handle, device
+        self.number = self.num_owed = 0
+        self.is_started = False  # it has become a ComfyUI
+        self.models: dict[str, str | None] = {}  # key -> version of its patches
+
+    def __str__(self) -> str:
+        return f"Worker {self.number} ({self.device})"
+
+    @property
+    def is_alive(self) -> bool:
+        return self.handle.exit_code() is None
+
+    def send(self, message: Message, tensors: Sequence[torch.Tensor] = ()) -> None:
+        self.num_owed += 1
+        self.handle.channel.send(message, tensors)
+
+    def answer(self, timeout_s: float | None, *, meanwhile: Meanwhile = None) -> Done | Failed:
+        """Its next answer. Raises TimeoutError, ChannelClosed."""
+        message, _ = self.handle.channel.recv(timeout_s, meanwhile=meanwhile)
+        assert isinstance(message, (Done, Failed)), message
+        self.num_owed -= 1
+        return message
+
+    def kill(self) -> None:
+        self.handle.kill()
+
+    def exit(self) -> None:
+        """Ask it to end, and see to it."""
+        try:
+            self.handle.channel.send(Exit())
+            deadline = time.monotonic() + 1
+            while self.is_alive and time.monotonic() < deadline:
+                time.sleep(0.01)
+        except ChannelClosed:
+            pass
+        self.kill()
+
+    def death(self) -> str:
+        """The sentence for a worker that ended by itself."""
+        deadline = time.monotonic() + 1  # the connection may break before the process is reaped
+        while self.is_alive and time.monotonic() < deadline:
+            time.sleep(0.01)
+        code = self.handle.exit_code()
+        often = " (often out of memory)" if code in (-9, 137) else ""
+        tail = self.handle.log_tail()
+        shown = f" Last log lines:\n{tail}" if tail else ""
+        return f"{self} ended with code {code}{often}. The next prompt starts a new one.{shown}"
+
+
+def ask(
+    workers: Iterable[Worker],
+    message: Message,
+    tensors: Sequence[torch.Tensor] = (),
+    *,
+    timeout_s: float,
+    meanwhile: Meanwhile = None,
+) -> list[Any]:
+    """The facts of every worker's answer to `message`. Raises WorkerError, or as `answer` does."""
+    asked = list(workers)
+    for worker in asked:
+        worker.send(message, tensors)
+    return collect(asked, timeout_s=timeout_s, meanwhile=meanwhile)
+
+
+def collect(
+    workers: Iterable[Worker], *, timeout_s: float, meanwhile: Meanwhile = None
+) -> list[Any]:
+    """The facts of every worker's next answer. Raises what a Failed one stands for."""
+    facts = []
+    for worker in workers:
+        answer = worker.answer(timeout_s, meanwhile=meanwhile)
+        if isinstance(answer, Failed):
+            raise failure(worker, answer)
+        facts.append(answer.facts)
+    return facts
+
+
+def failure(worker: Worker, answer: Failed) -> Exception:
+    """The exception for a worker's Failed."""
+    if answer.cause == PLAN:
+        return PlanError(answer.summary)
+    if answer.cause == ERROR:
+        return WorkerError(f"{worker} failed: {answer.summary}\n{answer.traceback}")
+    return TransportError(f"{worker}: {answer.summary}")
+
+
+def recover(
+    workers: Iterable[Worker], error: BaseException, *, grace_s: float, timeout_s: float
+) -> tuple[BaseException, list[Worker]]:
+    """The first cause behind `error`, and the workers that were lost.
+
+    Their groups must have been dropped, so that those that wait for this process fail at once.
+    Raises nothing: whatever happens to a worker here is its loss.
+    """
+    lost: list[Worker] = []
+    causes: list[BaseException] = []
+    deadline = time.monotonic() + grace_s
+    for worker in list(workers):
+        try:
+            while worker.num_owed:
+                left = deadline - time.monotonic() if worker.is_started else 0
+                answer = worker.answer(max(left, 0))
+                if isinstance(answer, Failed) and answer.cause in (PLAN, ERROR):
+                    causes.append(failure(worker, answer))
+            if not worker.is_alive:
+                raise ChannelClosed
+        except ChannelClosed:
+            causes.append(WorkerError(worker.death()))
+            lost.append(worker)
+        except TimeoutError:
+            causes.append(
+                WorkerError(
+                    f"{worker} did not answer for {timeout_s:g} s: raise timeout_s if a step is "
+                    f"that slow. Last log lines:\n{worker.handle.log_tail()}"
+                )
+            )
+            lost.append(worker)
+    for worker in lost:
+        worker.kill()
+    is_symptom = isinstance(error, (TransportError, TimeoutError, ChannelClosed))
+    if is_symptom and causes:
+        return causes[0], lost
+    if is_symptom and not isinstance(error, TransportError):
+        return WorkerError(f"A worker did not answer: {error}"), lost
+    for cause in causes:
+        log.info("besides: %s", cause)
+    return error, lost

@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .attention import SlipstreamAttention
 from .cache import SlipstreamCache, SlipstreamCacheDiT
+from .parallel import SlipstreamSequenceParallel
 from .report import SlipstreamReport
 
 NODES: list[type[io.ComfyNode]] = [
@@ -11,6 +12,7 @@ NODES: list[type[io.ComfyNode]] = [
     SlipstreamCache,
     SlipstreamCacheDiT,
     SlipstreamReport,
+    SlipstreamSequenceParallel,
 ]
 
 

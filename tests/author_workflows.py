@@ -28,7 +28,7 @@ import queue_client  # noqa: E402
 
 WORKFLOWS = comfy_home.PACK_ROOT / "workflows"
 LAYOUTS = browser_home.FOLDER / "layouts"
-STEPS = 20
+STEPS = 20  # of the run in the picture, unless the layout says "steps"
 PICTURE_SIZE = (1200, 1200)  # at most; the template browser shows squares
 FILE_INPUTS = {"unet_name", "clip_name", "clip_name1", "clip_name2", "vae_name"}
 
@@ -49,7 +49,8 @@ def write_models(folder: Path, twins: list[dict[str, Any]]) -> None:
 def author(server: isolated_server.Server, name: str, folder: Path) -> None:
     """workflows/<name>.json and .jpg."""
     twin = WORKFLOWS / "api" / f"{name}.json"
-    prompt = on_tiny_models(json.loads(twin.read_text()), seed=42, steps=STEPS)
+    steps = json.loads((LAYOUTS / f"{name}.json").read_text()).get("steps", STEPS)
+    prompt = on_tiny_models(json.loads(twin.read_text()), seed=42, steps=steps)
     outputs, picture = folder / "outputs.json", folder / "picture.png"
     outputs.write_text(json.dumps(queue_client.run(server, prompt).outputs))
     browser_page.run_script(

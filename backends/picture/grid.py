@@ -38,6 +38,7 @@ class Layout:
     """Where everything of a Grid goes; edges are column boundaries relative to `left`."""
 
     left: int
+    row_name_width: int
     row_height: float
     edges: tuple[int, ...]
     groups: tuple[Group, ...]
@@ -77,7 +78,9 @@ def plan(grid: Grid) -> Layout:
     """Cell sizes and positions for this many rows and columns."""
     runs = group_rows(grid.row_labels)
     name_width = max((canvas.width_of(name, canvas.SMALL) for name, _, _ in runs), default=0)
-    left = canvas.MARGIN + min(name_width, 260) + (24 if name_width else 0) + 74
+    widest = max((canvas.width_of(_row_label(r), canvas.TINY) for r in grid.row_labels), default=0)
+    row_name_width = min(max(widest, 60), 90 if name_width else 260)
+    left = canvas.MARGIN + min(name_width, 260) + (24 if name_width else 0) + row_name_width + 14
     num_columns = max(len(grid.column_labels), 1)
     column = min((PLOT_WIDTH - left + canvas.MARGIN) / num_columns, MAX_CELL[0])
     edges = tuple(round(i * column) for i in range(num_columns + 1))
@@ -90,7 +93,7 @@ def plan(grid: Grid) -> Layout:
         height = round(count * row)
         groups.append(Group(name, first, count, top, height))
         top += max(height + 14, 34)
-    return Layout(left, row, edges, tuple(groups))
+    return Layout(left, row_name_width, row, edges, tuple(groups))
 
 
 def group_rows(labels: tuple[str, ...]) -> list[tuple[str, int, int]]:
@@ -103,6 +106,10 @@ def group_rows(labels: tuple[str, ...]) -> list[tuple[str, int, int]]:
         else:
             found.append((name, index, 1))
     return found if len(found) <= _MAX_GROUPS else [("", 0, len(labels))]
+
+
+def _row_label(label: str) -> str:
+    return label.rpartition("/")[2]
 
 
 def legend_entries(grid: Grid) -> list[tuple[str, str, int, tuple[int, int, int]]]:
@@ -137,7 +144,7 @@ def _draw_rows(pen: Any, grid: Grid, layout: Layout) -> None:
         middle = group.top + group.height / 2
         name = canvas.fit(group.name, canvas.SMALL, 260)
         canvas.write(pen, canvas.MARGIN, middle, name, canvas.SMALL, canvas.MUTED, "lm")
-        names = [label.rpartition("/")[2] for label in grid.row_labels]
+        names = [_row_label(label) for label in grid.row_labels]
         last = group.first + group.count - 1
         if layout.row_height >= 24:
             rows = range(group.first, last + 1)
@@ -155,7 +162,7 @@ def _draw_rows(pen: Any, grid: Grid, layout: Layout) -> None:
 
 
 def _row_name(pen: Any, layout: Layout, y: float, text: str) -> None:
-    text = canvas.fit(text, canvas.TINY, 74)
+    text = canvas.fit(text, canvas.TINY, layout.row_name_width)
     canvas.write(pen, layout.left - 14, y, text, canvas.TINY, canvas.FAINT, "rm")
 
 

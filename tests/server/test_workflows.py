@@ -118,12 +118,12 @@ def test_template_browser_lists_them(server):
 
 @pytest.mark.parametrize("path", [p for p in API if p.stem in GUI], ids=lambda path: path.stem)
 def test_runs_on_the_tiny_models_and_reports(server, path):
-    prompt = on_tiny_models(prompt_of(path), seed=611, steps=3)
+    prompt = on_tiny_models(prompt_of(path), seed=611, steps=6)
     reports = [i for i, n in prompt.items() if n["class_type"] == "SlipstreamReport"]
     result = queue_client.run(server, prompt)
     for node_id in reports:
         text = result.outputs[node_id]["text"][0]
-        assert "3 steps" in text
+        assert "6 steps" in text
         assert result.progress_text[node_id].replace("  \n", "\n") == text
         assert result.outputs[node_id]["images"][0]["type"] == "temp"
 
@@ -138,11 +138,11 @@ def test_report_follows_the_seed_and_the_cache(server, path):
         result = queue_client.run(server, prompt)
         return result.outputs[node_id]["text"][0], node_id in result.cached
 
-    first, _ = report(612, 2)
-    again, was_cached = report(612, 2)
-    other, _ = report(613, 4)
+    first, _ = report(612, 6)
+    again, was_cached = report(612, 6)
+    other, _ = report(613, 8)
     assert was_cached
     assert again == first
-    assert "2 steps" in first
-    assert "4 steps" in other
+    assert "6 steps" in first
+    assert "8 steps" in other
     assert first.split(":")[0] != other.split(":")[0], "run numbers"

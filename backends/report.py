@@ -64,7 +64,10 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """A finished sampling run. Holds no tensors, so it may outlive the run."""
+    """A finished sampling run. Holds no tensors, so it may outlive the run.
+
+    seconds: of the whole run; loading_s: of them, before the first evaluation.
+    """
 
     id: int
     num_steps: int
@@ -77,6 +80,7 @@ class RunRecord:
     completed: bool
     notes: dict[str, int]
     sections: dict[str, Section]
+    loading_s: float = 0.0
     result: tuple[float, ...] = field(repr=False, default=())
 
     def made(self, print_: Sequence[float]) -> bool:
@@ -86,6 +90,11 @@ class RunRecord:
         scale = max(max(abs(x) for x in self.result), 1e-6)
         # A latent may have been cast to 16 bits on its way (bf16 keeps 8 bits of mantissa).
         return all(abs(a - b) <= 0.01 * scale for a, b in zip(print_, self.result, strict=True))
+
+    @property
+    def step_s(self) -> float:
+        """Seconds per step, without loading."""
+        return (self.seconds - self.loading_s) / self.num_steps if self.num_steps else 0.0
 
     def summary(self) -> str:
         """One line for the log."""
@@ -101,6 +110,7 @@ class RunRecord:
             "evaluations": self.num_evaluations,
             "model_calls": self.num_calls,
             "seconds": round(self.seconds, 4),
+            "loading_seconds": round(self.loading_s, 4),
             "device": self.device,
             "model": self.model,
             "completed": self.completed,
@@ -112,12 +122,11 @@ class RunRecord:
 
     def to_text(self) -> str:
         """A few lines that fit on a node."""
-        per_step = self.seconds / self.num_steps if self.num_steps else 0.0
         ended = "" if self.completed else ", did not finish"
         head = (
             f"Run {self.id}: {self.model} on {self.device}, {self.num_steps} steps "
             f"({self.num_evaluations} evaluations), {self.seconds:.2f} s, "
-            f"{per_step:.3f} s per step{ended}"
+            f"{self.step_s:.3f} s per step{ended}"
         )
         lines = [head]
         for section in self.sections.values():

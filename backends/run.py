@@ -133,6 +133,7 @@ class Run:
         self._occurrences: dict[tuple[Any, ...], int] = {}
         self._lock = threading.Lock()  # core's MultiGPU CFG split calls the model from threads
         self._started = time.perf_counter()
+        self._sampling: float | None = None  # when the first evaluation began
 
     @property
     def num_steps(self) -> int:
@@ -161,6 +162,7 @@ class Run:
 
     def begin_evaluation(self, sigma: float) -> None:
         """One PREDICT_NOISE. `step` is the last one whose sigma is not below `sigma`."""
+        self._sampling = self._sampling or time.perf_counter()
         self.evaluation += 1
         self.sigma = sigma
         self.step = step_of(sigma, self.sigmas)
@@ -195,6 +197,7 @@ class Run:
             num_evaluations=self.evaluation + 1,
             num_calls=self.num_calls,
             seconds=time.perf_counter() - self._started,
+            loading_s=(self._sampling or time.perf_counter()) - self._started,
             device=str(getattr(self.patcher, "load_device", "cpu")),
             model=type(host.diffusion_model(self.patcher)).__name__,
             versions=host.versions(),

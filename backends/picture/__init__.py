@@ -49,7 +49,7 @@ def _header(record: RunRecord) -> Any:
     room = canvas.INNER - canvas.width_of(time, canvas.TITLE) - 40
     canvas.write(pen, left, 50, canvas.fit(record.model, canvas.TITLE, room), canvas.TITLE)
     canvas.write(pen, right, 50, time, canvas.TITLE, anchor="rs")
-    per_step = record.seconds / record.num_steps if record.num_steps else 0.0
+    per_step = record.step_s
     aside = f"{per_step:.3f} s per step" if record.completed else "did not finish"
     colour = canvas.MUTED if record.completed else canvas.WARN
     canvas.write(pen, right, 104, aside, canvas.BODY, colour, "rs")

@@ -29,6 +29,7 @@ def record(samples: torch.Tensor | None = None, **changes) -> RunRecord:
         num_evaluations=8,
         num_calls=8,
         seconds=2.0,
+        loading_s=0.5,
         device="cpu",
         model="Flux",
         versions={"torch": "2.11.0"},
@@ -128,6 +129,7 @@ def test_json_contract():
             "evaluations": 8,
             "model_calls": 8,
             "seconds": 2.0,
+            "loading_seconds": 0.5,
             "device": "cpu",
             "model": "Flux",
             "completed": True,
@@ -150,7 +152,7 @@ def test_text_has_the_run_every_line_and_counted_notes():
     section = Section({}, ("Attention: 8 calls", "  mask (2 calls)"))
     run = record(sections={"attention": section}, notes={"once": 1, "often": 4})
     assert Report(run).text.splitlines() == [
-        "Run 1: Flux on cpu, 4 steps (8 evaluations), 2.00 s, 0.500 s per step",
+        "Run 1: Flux on cpu, 4 steps (8 evaluations), 2.00 s, 0.375 s per step",
         "Attention: 8 calls",
         "  mask (2 calls)",
         "once",

@@ -41,7 +41,7 @@ def resident_cap(patcher: Any) -> int | None:
         return planned
     budget = config.budget_bytes
     with real_size(patcher):
-        if budget is None or budget >= host.weight_bytes(patcher):
+        if budget is None or budget >= host.placed_bytes(patcher):
             return None
         return max(budget - buffer_bytes(patcher, config), 0)
 

@@ -27,7 +27,7 @@ class BlockDriver:
     depth = -1
     staged_peak_bytes = 0
     num_copies = 0
-    num_jumps = 0
+    num_skipped = 0
     refusal: str | None = None
 
     def __init__(self, units: Sequence[Unit]):
@@ -94,6 +94,6 @@ class QueueDriver(BlockDriver):
     def end(self) -> None:
         if self._queue is not None:
             self._queue.finish()
-            self.num_jumps += self._queue.num_dropped
+            self.num_skipped += self._queue.num_dropped
             self.staged_peak_bytes = max(self.staged_peak_bytes, host.cast_buffer_bytes())
             self._queue = None

@@ -100,9 +100,20 @@ def weight_bytes(patcher: Any) -> int:
     return int(patcher.model_size())
 
 
+def placed_bytes(patcher: Any) -> int:
+    """Bytes of all weights on the load device, where they may have another dtype (dynamic).
+
+    Known once the model was loaded; before that it is what they take in RAM.
+    """
+    vbar = patcher._vbar_get() if is_dynamic(patcher) else None
+    if vbar is None:
+        return weight_bytes(patcher)
+    return int(vbar.offset) + forced_bytes(patcher)
+
+
 def resident_bytes(patcher: Any) -> int:
-    """Bytes of weights on the load device now."""
-    return int(patcher.loaded_size())
+    """Bytes of weights on the load device now; a VBAR counts pages of 32 MiB."""
+    return min(int(patcher.loaded_size()), placed_bytes(patcher))
 
 
 def forced_bytes(patcher: Any) -> int:
@@ -265,7 +276,7 @@ def loaded_models(sampled: Any) -> list[LoadedModel]:
 
 
 def _describe(patcher: Any, sampled: Any) -> LoadedModel:
-    total = weight_bytes(patcher)
+    total = placed_bytes(patcher)
     is_sampled = patcher.model is sampled.model
     return LoadedModel(
         key=id(patcher.model),
@@ -273,8 +284,7 @@ def _describe(patcher: Any, sampled: Any) -> LoadedModel:
         kind=_kind(patcher),
         device=str(patcher.load_device),
         total_bytes=total,
-        # A VBAR counts whole pages of 32 MiB, so a small model can hold more than its weights.
-        loaded_bytes=min(resident_bytes(patcher), total),
+        loaded_bytes=resident_bytes(patcher),
         pinned_bytes=pinned_bytes(patcher),
         is_dynamic=is_dynamic(patcher),
         on_cpu=patcher.load_device.type == "cpu",

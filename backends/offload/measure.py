@@ -63,26 +63,42 @@ class Measured:
         return max(self.step_seconds - self.num_calls * inside, 0.0)
 
 
-def streamed_bytes(units: Sequence[Unit], patcher: Any) -> list[int]:
-    """Bytes of each unit that are not resident now. Dynamic: as ComfyUI places them by size."""
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Weights of the units in bytes on the device, where they may have another dtype than in RAM.
+
+    modules: of each unit; streamed: bytes of each unit that are not resident now; total: of all
+    weights; per_copied: bytes on the device per byte copied.
+    """
+
+    modules: list[tuple[int, ...]]
+    streamed: list[int]
+    total: int
+    per_copied: float
+
+
+def sizes(units: Sequence[Unit], patcher: Any) -> Sizes:
+    """What the units hold now. Dynamic: as ComfyUI's order by size places them."""
+    total = host.placed_bytes(patcher)
+    scale = total / max(host.weight_bytes(patcher), 1)
+    modules = [tuple(round(size * scale) for size in module_sizes(unit.module)) for unit in units]
     if host.is_dynamic(patcher):
-        costs = [BlockCost(index=0, modules=module_sizes(u.module), seconds=0.0) for u in units]
-        in_blocks = sum(cost.bytes for cost in costs)
-        missing = host.weight_bytes(patcher) - host.resident_bytes(patcher)
-        return largest_first(costs, max(in_blocks - max(missing, 0), 0))
-    return [
-        sum(
-            part.nbytes
-            for _, _, weight in weights_of(unit.module)
-            if weight.device.type == "cpu"
-            for _, part in parts_of(weight)[0]
-        )
-        for unit in units
-    ]
+        costs = [BlockCost(index=0, modules=one, seconds=0.0) for one in modules]
+        missing = total - host.resident_bytes(patcher)
+        in_units = sum(cost.bytes for cost in costs)
+        streamed = largest_first(costs, max(in_units - missing, 0))
+    else:
+        streamed = [round(_bytes_in_ram(unit.module) * scale) for unit in units]
+    return Sizes(modules=modules, streamed=streamed, total=total, per_copied=scale)
+
+
+def _bytes_in_ram(module: torch.nn.Module) -> int:
+    weights = (weight for _, _, weight in weights_of(module) if weight.device.type == "cpu")
+    return sum(part.nbytes for weight in weights for _, part in parts_of(weight)[0])
 
 
 def block_costs(
-    units: Sequence[Unit], measured: Measured, streamed: Sequence[int], rate: float
+    units: Sequence[Unit], measured: Measured, held: Sizes, rate: float
 ) -> list[BlockCost]:
     """Each unit's computing time without copies.
 
@@ -92,28 +108,22 @@ def block_costs(
     costs = []
     for at, unit in enumerate(units):
         time = measured.units.get(at, UnitTime(0.0, 0.0))
-        copying = 0.0 if measured.is_staged else streamed[at] / rate
-        costs.append(
-            BlockCost(
-                index=unit.block,
-                modules=module_sizes(unit.module),
-                seconds=max(time.computing - copying, 0.0),
-            )
-        )
+        copying = 0.0 if measured.is_staged else held.streamed[at] / rate
+        seconds = max(time.computing - copying, 0.0)
+        costs.append(BlockCost(index=unit.block, modules=held.modules[at], seconds=seconds))
     return costs
 
 
-def device_facts(
-    patcher: Any, measured: Measured, buffers: int, streamed: Sequence[int]
-) -> DeviceFacts:
+def device_facts(patcher: Any, measured: Measured, buffers: int, held: Sizes) -> DeviceFacts:
     """Copy rates and room now, between two steps, with all conditioning on the device."""
-    pinned, pageable = host.copy_rates(patcher.load_device)
-    resident = host.resident_bytes(patcher)
+    pinned_rate, pageable_rate = host.copy_rates(patcher.load_device)
+    missing = max(sum(held.streamed), 1)
+    free = host.reusable_bytes(patcher.load_device)
     return DeviceFacts(
-        pinned_rate=pinned,
-        pageable_rate=pageable,
-        pinned_share=min(host.pinned_bytes(patcher) / max(sum(streamed), 1), 1.0),
-        room_bytes=host.reusable_bytes(patcher.load_device) + resident + buffers,
+        pinned_rate=pinned_rate * held.per_copied,
+        pageable_rate=pageable_rate * held.per_copied,
+        pinned_share=min(host.pinned_bytes(patcher) * held.per_copied / missing, 1.0),
+        room_bytes=free + host.resident_bytes(patcher) + buffers,
         activation_bytes=measured.activation_bytes,
         reserve_bytes=host.reserve_bytes(),
     )
@@ -139,10 +149,9 @@ def propose(
     patcher: Any, units: Sequence[Unit], measured: Measured, config: OffloadConfig, buffers: int
 ) -> Proposal:
     """The plan for the rest of the run, from the measured step."""
-    streamed = streamed_bytes(units, patcher)
-    facts = device_facts(patcher, measured, buffers, streamed)
-    costs = block_costs(units, measured, streamed, facts.rate)
-    total = host.weight_bytes(patcher)
+    held = sizes(units, patcher)
+    facts = device_facts(patcher, measured, buffers, held)
+    costs = block_costs(units, measured, held, facts.rate)
     depth = max(config.depth(len({unit.block for unit in units})), 0)
     plan = make_plan(
         costs,
@@ -151,9 +160,9 @@ def propose(
         smallest=config.mode == "memory",
         can_choose=host.chooses_modules(patcher),
         budget_bytes=config.budget_bytes,
-        other_bytes=max(total - sum(cost.bytes for cost in costs), 0),
+        other_bytes=max(held.total - sum(cost.bytes for cost in costs), 0),
     )
-    now = simulate(costs, streamed, rate=facts.rate, depth=depth).seconds
+    now = simulate(costs, held.streamed, rate=facts.rate, depth=depth).seconds
     outside, calls = measured.around_blocks(), measured.num_calls
     unchanged = outside + calls * now
     return Proposal(

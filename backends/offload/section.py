@@ -14,8 +14,8 @@ class Outcome:
     """What one run did. None: not known, or there was nothing to know.
 
     manager: "classic" or "dynamic"; budget_bytes: cap for weights and buffers; depth: blocks
-    staged ahead, -1 for ComfyUI's own streaming; num_jumps: blocks that did not follow the one
-    before (skipped by a cache, for example); copy_rates: pinned and pageable bytes per second.
+    staged ahead, -1 for ComfyUI's own streaming; num_skipped: blocks that did not run (a
+    cache, skip-layer guidance); copy_rates: pinned and pageable bytes per second.
     """
 
     reason: str | None = None
@@ -25,11 +25,10 @@ class Outcome:
     resident_bytes: int | None = None
     streamed_bytes: int | None = None
     pinned_bytes: int | None = None
-    total_bytes: int | None = None
     buffer_bytes: int = 0
     depth: int = -1
     num_copies: int = 0
-    num_jumps: int = 0
+    num_skipped: int = 0
     num_left: int = 0
     stall_seconds: float | None = None
     plan: OffloadPlan | None = None
@@ -62,7 +61,7 @@ def _json(config: OffloadConfig, outcome: Outcome) -> dict[str, Any]:
         "prefetch_blocks": max(outcome.depth, 0),
         "no_prefetch": outcome.no_prefetch,
         "block_copies": outcome.num_copies,
-        "jumps": outcome.num_jumps,
+        "blocks_skipped": outcome.num_skipped,
         "stall_seconds": outcome.stall_seconds,
         "plan": None if outcome.plan is None else _plan_json(outcome.plan),
         "predicted_step_seconds": outcome.predicted_step_seconds,

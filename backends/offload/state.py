@@ -141,7 +141,7 @@ class OffloadState:
         driver, self._driver = self._driver, None
         if driver is not None:
             self.outcome.num_copies += driver.num_copies
-            self.outcome.num_jumps += driver.num_jumps
+            self.outcome.num_skipped += driver.num_skipped
             self.outcome.buffer_bytes = max(self.outcome.buffer_bytes, driver.staged_peak_bytes)
             driver.close()
 
@@ -162,9 +162,8 @@ class OffloadState:
         outcome.depth = driver.depth if driver is not None else -1
         self._drop_driver()
         outcome.buffer_bytes = max(outcome.buffer_bytes, host.cast_buffer_bytes())
-        outcome.total_bytes = host.weight_bytes(patcher)
-        outcome.resident_bytes = min(host.resident_bytes(patcher), outcome.total_bytes)
-        outcome.streamed_bytes = outcome.total_bytes - outcome.resident_bytes
+        outcome.resident_bytes = host.resident_bytes(patcher)
+        outcome.streamed_bytes = host.placed_bytes(patcher) - outcome.resident_bytes
         outcome.pinned_bytes = host.pinned_bytes(patcher)
         budget = self._config.budget_bytes
         outcome.budget_bytes = resident_cap(patcher) if budget is None else budget

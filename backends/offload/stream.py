@@ -144,8 +144,7 @@ class Streamer(BlockDriver):
         ahead = self._ahead(at)
         for other in [one for one in self._staged if one != at and one not in ahead]:
             self._free.append(self._staged.pop(other))
-        if at != self._last + 1:
-            self.num_jumps += 1
+        self.num_skipped += max(at - self._last - 1, 0)
         self._last = at
         for one in (at, *ahead):
             self._stage(one)
@@ -161,6 +160,9 @@ class Streamer(BlockDriver):
             _restore(slot)
             slot.computed = self._lane.computed()
             self._free.append(slot)
+
+    def end(self) -> None:
+        self.num_skipped += len(self.units) - self._last - 1
 
     def close(self) -> None:
         """Give the buffers back, when no copy reads or writes any more."""

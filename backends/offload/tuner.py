@@ -173,7 +173,11 @@ class Tuner:
         return self._change_to(self._previous)
 
     def _change_to(self, setting: Setting) -> Setting | None:
-        if setting == self.setting:
+        before = self.setting
+        if setting == before:
             return None
-        self._previous, self.setting = self.setting, setting
+        # More resident weights alone cannot make a step slower: nothing to judge.
+        only_raises = before.prefetches == setting.prefetches and before.resident_bytes == 0
+        self._previous = None if only_raises or self.is_rolled_back else before
+        self.setting = setting
         return setting

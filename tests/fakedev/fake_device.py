@@ -77,6 +77,7 @@ def register(total_bytes: int = 10**12) -> Any:
     api.memory_allocated = lambda index=None: device.held()
     api.max_memory_allocated = lambda index=None: device.peak()
     api.reset_peak_memory_stats = lambda index=None: device.reset_peak()
+    api.memory_reserved, api.max_memory_reserved = api.memory_allocated, api.max_memory_allocated
     torch._register_device_module(NAME, api)
     return device
 

@@ -1,0 +1,298 @@
+"""Modes, plans, other techniques and other models under a budget, with both memory managements."""
+
+import functools
+import logging
+from dataclasses import replace
+
+import comfy.model_management as management
+import pytest
+import torch
+from fake_models import blocks, load, relative_error, sample, with_lora
+from offload_probe import NOTHING, leftovers, offloaded, report, resident_share
+from slipstream.backends.cache.apply import apply_cache
+from slipstream.backends.cache.config import CacheConfig
+from slipstream.backends.offload import budget, host
+from slipstream.backends.offload.apply import apply_offload
+from slipstream.backends.offload.config import GIB, OffloadConfig, OffloadError
+
+STEPS = 6  # enough to measure, plan and judge
+
+
+def in_mode(model, mode, share=0.0, prefetch=0.0):
+    gib = share * host.weight_bytes(model) / GIB
+    config = OffloadConfig(mode=mode, vram_budget_gb=gib, prefetch=prefetch)
+    return apply_offload(model, config)
+
+
+@pytest.mark.parametrize("mode", ["auto", "speed", "memory", "off"])
+@pytest.mark.parametrize("share", [0.0, 0.6])
+def test_every_mode_keeps_the_output(env, mode, share):
+    model = load("wan")
+    full = sample(model, "wan", steps=STEPS)
+    env.end_node()
+    patched = in_mode(model, mode, share)
+    for _ in range(2):  # the second run begins with what the first one found
+        assert sample(patched, "wan", steps=STEPS).equal(full)
+        env.end_node()
+    assert leftovers(model) == NOTHING
+    if share and mode != "off":
+        assert resident_share(patched) <= share
+
+
+def test_memory_mode_plans_and_remembers(env, monkeypatch):
+    monkeypatch.setattr(host, "copy_rates", lambda device: (50e9, 50e9))
+    patched = in_mode(load("wan"), "memory")
+    shares = []
+    for _ in range(2):
+        sample(patched, "wan", steps=STEPS)
+        run = report(patched)["offload"]
+        shares.append(resident_share(patched))
+        assert run["plan"]["why"] == "copies hide behind computing"
+        assert run["predicted_step_seconds"] > 0
+        assert run["measured_step_seconds"] > 0
+        assert run["stall_seconds"] >= 0
+        assert run["block_copies"] > 0
+        env.end_node()
+    assert max(shares) < 0.6  # copies are fast, so little needs to stay
+
+
+def test_speed_mode_prefetches_after_the_measured_step(env, monkeypatch):
+    monkeypatch.setattr(host, "copy_rates", lambda device: (5e9, 5e9))
+    monkeypatch.setattr("slipstream.backends.offload.tuner.SLOWER", 100.0)
+    model = load("wan")
+    num_blocks = len(blocks(model))
+    patched = in_mode(model, "speed", 0.6)
+    sample(patched, "wan", steps=STEPS)
+    first = report(patched)["offload"]
+    env.end_node()
+    sample(patched, "wan", steps=STEPS)
+    second = report(patched)["offload"]
+    # One more: classic stages the first block of a call that does not come any more.
+    assert 0 < first["block_copies"] <= (STEPS - 2) * num_blocks + 1
+    assert first["block_copies"] < second["block_copies"] <= STEPS * num_blocks + 1
+
+
+def test_a_slower_plan_is_rolled_back(env, monkeypatch):
+    monkeypatch.setattr(host, "copy_rates", lambda device: (5e9, 5e9))
+    monkeypatch.setattr("slipstream.backends.offload.tuner.SLOWER", -1.0)
+    patched = in_mode(load("wan"), "speed", 0.6)
+    for _ in range(2):
+        sample(patched, "wan", steps=STEPS)
+        env.end_node()
+        run = report(patched)["offload"]
+        assert run["rolled_back"]
+        assert run["prefetch_blocks"] == 0
+    assert run["block_copies"] == 0  # a rolled back setting is not tried again
+
+
+def test_auto_says_what_prefetch_could_save_and_leaves_it(env, monkeypatch):
+    monkeypatch.setattr(host, "copy_rates", lambda device: (0.2e9, 0.2e9))
+    patched = in_mode(load("wan"), "auto", 0.5)
+    sample(patched, "wan", steps=STEPS)
+    run = report(patched)["offload"]
+    assert run["block_copies"] == 0
+    assert run["prefetch_gain_at_most"] >= 0
+    assert run["plan"] is not None
+
+
+def test_all_resident_says_that_offload_gains_nothing(env):
+    patched = in_mode(load("wan"), "auto")
+    sample(patched, "wan", steps=STEPS)
+    assert "off is as fast" in report(patched)["offload"]["plan"]["why"]
+
+
+@pytest.mark.parametrize("cache_first", [False, True])
+def test_cache_with_offload(env, monkeypatch, cache_first):
+    cache = CacheConfig(
+        strategy="fbcache", engine="builtin", warmup=2, front_blocks=1,
+        residual_diff_threshold=0.9, max_continuous_cached_steps=2,
+    )  # fmt: skip
+    model = load("flux")
+    wanted = sample(apply_cache(model, cache), "flux", steps=8)
+    env.end_node()
+    if cache_first:
+        both = offloaded(apply_cache(model, cache), 0.0)
+    else:
+        both = apply_cache(offloaded(model, 0.0), cache)
+    num_computed = count_computed(monkeypatch, model)
+    assert sample(both, "flux", steps=8).equal(wanted)
+    offload = report(both)["offload"]
+    assert 0 < num_computed() < 8 * len(blocks(model))
+    assert offload["blocks_skipped"] == 8 * len(blocks(model)) - num_computed()
+    assert num_computed() <= offload["block_copies"] <= num_computed() + 1
+    assert leftovers(model) == NOTHING
+
+
+def count_computed(monkeypatch, model):
+    """How often a block's own forward has run since."""
+    count = [0]
+
+    def counted(forward):
+        @functools.wraps(forward)
+        def count_and_run(*args, **kwargs):
+            count[0] += 1
+            return forward(*args, **kwargs)
+
+        return count_and_run
+
+    for kind in {type(block) for block in blocks(model)}:
+        monkeypatch.setattr(kind, "forward", counted(kind.forward))
+    return lambda: count[0]
+
+
+@pytest.mark.parametrize("options", [{"split": True}, {"sampler": "heun"}, {"cfg": 1.0}])
+def test_other_ways_to_sample(env, options):
+    model = load("wan")
+    full = sample(model, "wan", steps=4, **options)
+    env.end_node()
+    assert sample(in_mode(model, "memory"), "wan", steps=4, **options).equal(full)
+
+
+def test_another_model_stays_loaded(env):
+    """ComfyUI makes room for the budget, not for the size of the whole model."""
+    a, b = load("wan"), load("wan")
+    size = host.weight_bytes(a)
+    sample(a, "wan")
+    env.end_node()
+    env.device.total_bytes = env.device.held() + size // 2
+    sample(offloaded(b, 0.1, -1), "wan")
+    assert resident_share(a) > 0.95
+    assert a.model in [entry.model.model for entry in management.current_loaded_models]
+
+
+def test_without_the_accounting_the_other_is_evicted(env, monkeypatch):
+    """Negative control of the check above, where ComfyUI evicts (classic)."""
+    if env.manager == "dynamic":
+        pytest.skip("dynamic models give way page by page, not by size")
+    monkeypatch.setattr(budget.BudgetMixin, "model_size", lambda self: self.size)
+    a, b = load("wan"), load("wan")
+    size = host.weight_bytes(a)
+    sample(a, "wan")
+    env.device.total_bytes = env.device.held() + size // 2
+    sample(offloaded(b, 0.1, -1), "wan")
+    assert resident_share(a) < 0.9
+
+
+def test_class_without_diffusion_model_wrappers(env):
+    model = load("sd3")
+    full = sample(model, "sd3")
+    env.end_node()
+    budgeted = offloaded(model, 0.0)
+    assert sample(budgeted, "sd3").equal(full)
+    assert report(budgeted)["offload"]["block_copies"] > 0
+
+
+def test_model_that_streams_its_own_blocks(env, monkeypatch):
+    """Cap only, and mode manual says what to do. LTXV stands in for LTXAV."""
+    model = load("ltxv")
+    full = sample(model, "ltxv")
+    env.end_node()
+    known = budget.find(model.model.diffusion_model)
+    owner = replace(known, notes=replace(known.notes, prefetches=True))
+    monkeypatch.setattr(budget, "find", lambda network: owner)
+    with pytest.raises(OffloadError, match="LTXVModel streams its own blocks: set prefetch to -1"):
+        offloaded(model, 0.5)
+    patched = in_mode(model, "speed", 0.6)
+    assert sample(patched, "ltxv", steps=2).equal(full)
+    assert report(patched)["offload"]["no_prefetch"] == "LTXVModel streams its own blocks"
+    assert resident_share(patched) <= 0.6
+
+
+def test_unknown_class_gets_the_cap_alone(env, monkeypatch):
+    model = load("wan")
+    full = sample(model, "wan", steps=STEPS)
+    env.end_node()
+    monkeypatch.setattr(budget, "find", lambda network: None)
+    monkeypatch.setattr("slipstream.backends.offload.state.find", lambda network: None)
+    with pytest.raises(OffloadError, match="WanModel has no block stack"):
+        offloaded(model, 0.5)
+    for mode in ("auto", "speed", "memory"):
+        patched = in_mode(model, mode, 0.6)
+        assert sample(patched, "wan", steps=STEPS).equal(full)
+        assert "no block stack" in report(patched)["offload"]["no_prefetch"]
+        assert resident_share(patched) <= 0.6
+        env.end_node()
+
+
+def test_missing_private_names(env, monkeypatch, caplog):
+    """On a ComfyUI without the names the node does nothing, and says so once."""
+    model = load("wan")
+    full = sample(model, "wan")
+    env.end_node()
+    patched = in_mode(model, "auto", 0.3)
+    if env.manager == "dynamic":
+        monkeypatch.setattr(host, "_vbar_class", lambda: object)
+        reason = "this comfy-aimdo has no set_watermark on its VBAR"
+    else:
+        monkeypatch.delattr("comfy.model_patcher.ModelPatcher.partially_unload")
+        reason = "this ComfyUI has no partially_unload on its model patcher"
+    with caplog.at_level(logging.INFO, "slipstream"):
+        assert sample(patched, "wan").equal(full)
+    said = [record.message for record in caplog.records]
+    assert said.count(f"offload does nothing: {reason}") == 1
+    assert report(patched)["offload"]["reason"] == reason
+    assert resident_share(model) > 0.95
+    with pytest.raises(OffloadError, match=reason):
+        offloaded(model, 0.5)
+
+
+def test_missing_prefetch_names(env, monkeypatch):
+    if env.manager == "classic":
+        pytest.skip("classic prefetch uses none of ComfyUI's")
+    monkeypatch.delattr("comfy.model_prefetch.prefetch_queue_pop")
+    model = load("wan")
+    full = sample(model, "wan")
+    env.end_node()
+    patched = in_mode(model, "speed", 0.5)
+    assert sample(patched, "wan", steps=2).equal(full)
+    assert "no comfy.model_prefetch.prefetch_queue_pop" in report(patched)["offload"]["no_prefetch"]
+    assert resident_share(patched) <= 0.5
+
+
+def test_classic_clone_of_a_dynamic_model_keeps_the_cap(env):
+    """TorchCompileModel and weight hooks make one."""
+    model = load("wan")
+    full = sample(model, "wan")
+    env.end_node()
+    clone = offloaded(model, 0.3).clone(disable_dynamic=True)
+    assert not host.is_dynamic(clone)
+    assert isinstance(clone, budget.BudgetMixin)
+    assert sample(clone, "wan").equal(full)
+    assert resident_share(clone) <= 0.3
+
+
+def test_lora_in_memory_mode(env):
+    model = with_lora(load("wan"))
+    full = sample(model, "wan", steps=STEPS)
+    env.end_node()
+    assert relative_error(sample(in_mode(model, "memory"), "wan", steps=STEPS), full) < 1e-5
+
+
+def test_memory_section(env):
+    model = load("wan")
+    patched = offloaded(model, 0.3)
+    sample(patched, "wan")
+    memory = report(patched)["memory"]
+    assert memory["total_bytes"] == env.device.total_bytes
+    assert memory["peak_bytes"] >= max(memory["stages"]["load"], memory["stages"]["sampling"])
+    one = next(m for m in memory["models"] if m["kind"] == "diffusion model")
+    assert (one["name"], one["manager"]) == ("WanModel", env.manager)
+    assert one["resident_bytes"] + one["streamed_bytes"] == one["total_bytes"]
+    assert one["streamed_bytes"] > 0
+    (stays,) = memory["could_stay_resident"]
+    assert "vram_budget_gb" in stays["how"]
+    assert stays["bytes"] == one["streamed_bytes"]
+    env.end_node()
+    decoded = torch.empty(50_000_000, dtype=torch.uint8, device="fakegpu")
+    del decoded
+    sample(patched, "wan", seed=2)
+    assert report(patched)["memory"]["stages"]["decode"] >= 50_000_000
+
+
+def test_report_of_a_run_without_the_node(env):
+    """Any technique of ours brings the memory section."""
+    model = apply_cache(load("flux"), CacheConfig.from_ratio(0.5))
+    sample(model, "flux")
+    found = report(model)
+    assert "offload" not in found
+    assert found["memory"]["models"][0]["name"] == "Flux"

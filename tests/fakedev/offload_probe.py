@@ -1,0 +1,59 @@
+"""Measures of the offload checks: budgets as shares of a model, and what a run left behind."""
+
+from typing import Any
+
+import fake_vbar
+import torch
+from slipstream.backends.offload import host
+from slipstream.backends.offload.apply import apply_offload, small_bytes
+from slipstream.backends.offload.budget import buffer_bytes
+from slipstream.backends.offload.config import GIB, OffloadConfig
+from slipstream.backends.run import run_log
+
+
+def budget(model: Any, share: float, prefetch: float) -> float:
+    """vram_budget_gb that leaves `share` of the weights resident beside the block buffers."""
+    config = OffloadConfig(mode="manual", vram_budget_gb=1.0, prefetch=prefetch)
+    resident = max(share * model.model_size(), small_bytes(model))
+    return (resident + buffer_bytes(model, config)) / GIB
+
+
+def offloaded(model: Any, share: float, prefetch: float = 0) -> Any:
+    """`model` under mode manual with `share` of its weights resident."""
+    config = OffloadConfig(
+        mode="manual", vram_budget_gb=budget(model, share, prefetch), prefetch=prefetch
+    )
+    return apply_offload(model, config)
+
+
+def resident_share(model: Any) -> float:
+    return host.resident_bytes(model) / host.placed_bytes(model)
+
+
+def report(model: Any) -> dict[str, Any]:
+    """The JSON of the latest run."""
+    return run_log(model).latest().to_json()
+
+
+def leftovers(model: Any) -> dict[str, int]:
+    """What a run must not leave: hooks, prefetched weights, pins, parameters off their place."""
+    modules = list(model.model.modules())
+    return {
+        "hooks": sum("forward" in m.__dict__ for m in modules),
+        "prefetches": sum(hasattr(m, "_prefetch") for m in modules),
+        "pins": sum(vbar.num_pinned() for vbar in fake_vbar.FakeVBAR.made),
+        "prepared": sum(
+            getattr(f, "prepared_patches", None) is not None
+            for m in modules
+            for f in (*getattr(m, "weight_function", ()), *getattr(m, "bias_function", ()))
+        ),
+        "bare": sum(
+            not isinstance(p, torch.nn.Parameter)
+            for m in modules
+            for p in m._parameters.values()
+            if p is not None
+        ),
+    }
+
+
+NOTHING = {"hooks": 0, "prefetches": 0, "pins": 0, "prepared": 0, "bare": 0}

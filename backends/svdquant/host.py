@@ -4,6 +4,7 @@ With host_operations and host_patcher the only part of SVDQuant that knows Comfy
 when called.
 """
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,6 @@ def load_svdquant(
     """
     import comfy.model_management
     import comfy.sd
-    import comfy.utils
 
     settings = SVDQuantConfig.from_json(config or {})
     checkpoint = detect(read_header(path))
@@ -45,21 +45,9 @@ def load_svdquant(
     device = comfy.model_management.get_torch_device()
     dtype = pick_dtype(checkpoint, settings, device)
     engine = Engine(settings.backend)
-    state: dict[str, Any] = {}
-    samples: dict[str, QuantWeight] = {}
-    weight_bytes = 0
-    bar = comfy.utils.ProgressBar(len(checkpoint.layers) + len(checkpoint.dense))
-    for name, value in assemble(checkpoint, dtype):
-        if isinstance(value, QuantWeight):
-            weight_bytes += value.num_bytes
-            engine_check(engine, value, device)
-            samples.setdefault(value.segments[0].facts.precision, value)
-            value = wrap(value, dtype)
-        state[name] = value
-        bar.update(1)
-    names = set(state)
+    model = read_model(checkpoint, engine, dtype, device)
     patcher = comfy.sd.load_diffusion_model_state_dict(
-        state,
+        dict(model.state),
         model_options={"custom_operations": operations(engine), "dtype": dtype},
         disable_dynamic=disable_dynamic,
     )
@@ -68,13 +56,47 @@ def load_svdquant(
             f"{checkpoint.header.path.name}: ComfyUI does not know this {checkpoint.family.title} "
             "variant. Update ComfyUI."
         )
-    check_names(checkpoint, patcher.model.diffusion_model, names)
     if settings.backend == "auto":
-        engine.order = measured_order(samples, device, engine)
-    with_patcher(patcher)
+        engine.order = measured_order(model.samples, device, engine)
+    finish(patcher, checkpoint, engine, model)
     patcher.cached_patcher_init = (load_svdquant, (str(path), settings.to_json()))
-    run.attach(patcher, technique_of(checkpoint, patcher, engine, weight_bytes))
     return patcher
+
+
+@dataclass
+class ReadModel:
+    """A file's tensors under ComfyUI's names, quantised ones wrapped; samples: a weight of each
+    precision; weight_bytes: of all quantised weights."""
+
+    state: dict[str, torch.Tensor] = field(default_factory=dict)
+    samples: dict[str, QuantWeight] = field(default_factory=dict)
+    weight_bytes: int = 0
+
+
+def read_model(
+    checkpoint: Checkpoint, engine: Engine, dtype: torch.dtype, device: torch.device
+) -> ReadModel:
+    """The whole file in memory, with a progress bar. Raises BackendError before much is read."""
+    import comfy.utils
+
+    model = ReadModel()
+    bar = comfy.utils.ProgressBar(len(checkpoint.layers) + len(checkpoint.dense))
+    for name, value in assemble(checkpoint, dtype):
+        if isinstance(value, QuantWeight):
+            check_backend(engine, value, device)
+            model.weight_bytes += value.num_bytes
+            model.samples.setdefault(value.segments[0].facts.precision, value)
+            value = wrap(value, dtype)
+        model.state[name] = value
+        bar.update(1)
+    return model
+
+
+def finish(patcher: Any, checkpoint: Checkpoint, engine: Engine, model: ReadModel) -> None:
+    """Checks that the network took every tensor; gives it our patcher class and the report."""
+    check_names(checkpoint, patcher.model.diffusion_model, set(model.state))
+    with_patcher(patcher)
+    run.attach(patcher, technique_of(checkpoint, patcher, engine, model.weight_bytes))
 
 
 def technique_of(
@@ -94,7 +116,7 @@ def technique_of(
     return SVDQuantTechnique(loaded, engine)
 
 
-def engine_check(engine: Engine, weight: QuantWeight, device: torch.device) -> None:
+def check_backend(engine: Engine, weight: QuantWeight, device: torch.device) -> None:
     """Raise BackendError if the backend that was asked for can run nothing of a 4-bit layer."""
     requests = [request_of(s, device) for s in weight.segments if s.facts.precision != "awq"]
     if requests and not any(s.facts.unsigned for s in weight.segments):

@@ -87,6 +87,14 @@ def operations(engine: Engine) -> type:
             if self.bias is not None:
                 destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
 
+        def __getattr__(self, name: str) -> Any:
+            # core reads each key of the state dict back as an attribute (get_key_patches)
+            if name.startswith("weight_") and is_quantised(self._parameters.get("weight")):
+                part = getattr(self.weight._params, name.removeprefix("weight_"), None)
+                if part is not None:
+                    return part
+            return super().__getattr__(name)
+
         def _apply(self, fn: Any, recurse: bool = True) -> Any:
             if not self.quantised:
                 return super()._apply(fn, recurse)

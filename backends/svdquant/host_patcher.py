@@ -68,10 +68,10 @@ def _patcher_class(base: type) -> type:
             return super().unpatch_model(device_to, unpatch_weights)
 
         def patch_hooks(self, hooks: Any) -> None:
+            super().patch_hooks(hooks)  # takes the hooks before these off
             combined = self.get_combined_hook_patches(hooks) if hooks is not None else {}
             for name, module in quantised_layers(self.model).items():
                 module.hook_patches = combined.get(f"{name}.weight", [])
-            super().patch_hooks(hooks)
 
         def patch_hook_weight_to_device(
             self, hooks: Any, combined_patches: dict[str, Any], key: str, *args: Any, **kwargs: Any

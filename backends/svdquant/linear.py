@@ -107,7 +107,7 @@ def _with_terms(
     y: torch.Tensor, x: torch.Tensor, terms: Terms, bias: torch.Tensor | None, fused: bool
 ) -> torch.Tensor:
     if terms.out_factor is not None:
-        y = y * terms.out_factor
+        y = y * terms.out_factor + terms.out_bias
         y = y if bias is None else y.add_(bias)
     if terms.pair is not None and not fused:
         y = y + (x @ terms.pair.down) @ terms.pair.up.t()

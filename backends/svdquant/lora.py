@@ -14,7 +14,7 @@ import torch
 
 from .kernels.base import LowRank
 from .terms import Dense, Kron, Terms
-from .weight import QuantWeight, effective
+from .weight import QuantWeight, effective, unsigned_output
 
 RANK_STEP = 16
 _MAX_EXACT_RANK = 256  # a LoHa of higher rank is kept as a dense delta
@@ -132,7 +132,10 @@ def _finished(draft: _Draft) -> Terms | None:
         up = torch.cat([p.up for p in draft.pairs], 1)
         pad = (0, -down.shape[1] % RANK_STEP)
         pair = LowRank(*(torch.nn.functional.pad(t, pad).contiguous() for t in (down, up)))
-    return Terms(pair, tuple(draft.others), draft.out_factor, draft.in_factor)
+    out_bias = None
+    if draft.out_factor is not None:
+        out_bias = (1 - draft.out_factor) * unsigned_output(draft.weight)
+    return Terms(pair, tuple(draft.others), draft.out_factor, out_bias, draft.in_factor)
 
 
 # ---- patch types ----

@@ -51,11 +51,16 @@ class Dense:
 
 @dataclass(frozen=True)
 class Terms:
-    """What patches add to a layer. pair: down [K, r], up [N, r]; the factors: [N] and [K]."""
+    """What patches add to a layer. pair: down [K, r], up [N, r]; the factors: [N] and [K].
+
+    out_bias: with out_factor, what an unsigned layer's shifted input needs [N]: the file's bias
+    takes the shift out of the unscaled output only.
+    """
 
     pair: LowRank | None = None
     others: tuple[Kron | Dense, ...] = ()
     out_factor: torch.Tensor | None = None
+    out_bias: torch.Tensor | None = None
     in_factor: torch.Tensor | None = None
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "Terms":

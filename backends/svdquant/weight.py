@@ -203,3 +203,15 @@ def effective(weight: QuantWeight, rows: slice = slice(None)) -> torch.Tensor:
         columns = slice(facts.column, facts.column + facts.num_columns)
         dense[low - start : high - start, columns] += part
     return dense
+
+
+def unsigned_output(weight: QuantWeight) -> torch.Tensor:
+    """fp32 [N]: what the shift of unsigned segments adds to the output (the bias takes it off)."""
+    added = torch.zeros(weight.shape[0], device=weight.segments[0].q.device)
+    for segment in weight.segments:
+        facts = segment.facts
+        if facts.unsigned:
+            assert segment.smooth is not None
+            rows = slice(facts.row, facts.row + facts.num_rows)
+            added[rows] += (residual(segment) / segment.smooth.float()).sum(1)
+    return added * layouts.UNSIGNED_SHIFT

@@ -6,7 +6,7 @@ import torch
 from slipstream.backends.svdquant.assemble import assemble
 from slipstream.backends.svdquant.dialects import detect
 from slipstream.backends.svdquant.header import read_header
-from slipstream.backends.svdquant.weight import QuantWeight, effective
+from slipstream.backends.svdquant.weight import QuantWeight, effective, unsigned_output
 
 CASES = [
     ("flux", "nunchaku-1", "int4"),
@@ -35,18 +35,6 @@ def dense_of(value):
     return effective(value) if isinstance(value, QuantWeight) else value.float()
 
 
-def shift_of(value):
-    """What the unsigned segments of a weight add to the output, which the bias takes out."""
-    from slipstream.backends.svdquant.weight import residual
-
-    added = torch.zeros(value.shape[0])
-    for segment in value.segments:
-        if segment.facts.unsigned:
-            part = residual(segment) / segment.smooth.float()
-            added += part.sum(1) * 0.171875
-    return added
-
-
 @pytest.mark.parametrize(("family", "dialect", "precision"), CASES)
 def test_every_dialect_reads_to_its_dense_model(family, dialect, precision, tmp_path):
     path = tmp_path / "model.safetensors"
@@ -61,7 +49,7 @@ def test_every_dialect_reads_to_its_dense_model(family, dialect, precision, tmp_
         if name.endswith(".bias"):
             weight = got[name.removesuffix("bias") + "weight"]
             if isinstance(weight, QuantWeight):
-                dense = dense + shift_of(weight)
+                dense = dense + unsigned_output(weight)
         error = (dense - wanted[name]).norm() / wanted[name].norm()
         assert error < 4e-3, f"{name}: {error:.2e}"  # bias and zeros are 16-bit
         if isinstance(value, QuantWeight) and value.segments[0].facts.precision != "awq":

@@ -106,7 +106,7 @@ def linear(
 def _with_terms(
     y: torch.Tensor, x: torch.Tensor, terms: Terms, bias: torch.Tensor | None, fused: bool
 ) -> torch.Tensor:
-    if terms.out_factor is not None:
+    if terms.out_factor is not None and terms.out_bias is not None:
         y = y * terms.out_factor + terms.out_bias
         y = y if bias is None else y.add_(bias)
     if terms.pair is not None and not fused:

@@ -20,6 +20,7 @@ from .errors import CheckpointError
 from .families import Family
 from .file_layers import AWQ_SUFFIXES, SUFFIXES
 from .header import DTYPE_BYTES, Header, read_header
+from .metadata import metadata
 from .plan import Copy, Job, Plan, Spec, Target, plan_conversion, target_tensors
 from .quantize import Quantised, quantise, round_awq
 from .smoothing import choose_smooth
@@ -104,67 +105,6 @@ def _header_bytes(specs: dict[str, Spec], texts: dict[str, str]) -> bytes:
     text = json.dumps(fields, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
-
-
-def metadata(plan: Plan, header: Header, config: ConvertConfig) -> dict[str, str]:
-    """The metadata that Nunchaku's loaders read, as text."""
-    shapes = {
-        name.removeprefix(plan.prefix): entry.shape
-        for name, entry in header.tensors.items()
-        if name.startswith(plan.prefix)
-    }
-    fp4 = config.precision == "nvfp4"
-    numbers: dict[str, Any] = {
-        "dtype": "fp4_e2m1_all" if fp4 else "int4",
-        "group_size": layouts.GROUP[config.precision],
-    }
-    quantization: dict[str, Any] = {
-        "method": "svdquant",
-        "weight": {**numbers, "scale_dtype": [None, "fp8_e4m3_nan"] if fp4 else None},
-        "activation": {**numbers, "scale_dtype": "fp8_e4m3_nan" if fp4 else None},
-        "rank": config.rank,
-    }
-    if plan.family.id == "z-image":
-        quantization["skip_refiners"] = False
-    texts = {
-        "model_class": plan.family.model_class,
-        "config": json.dumps(plan.family.diffusers_config(shapes)),
-        "quantization_config": json.dumps(quantization),
-        "format": "pt",
-    }
-    if plan.family.id == "flux":
-        texts["comfy_config"] = json.dumps(_comfy_config(shapes))
-    return texts
-
-
-def _comfy_config(shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
-    """ComfyUI's Flux settings, which ComfyUI-nunchaku reads instead of detecting the model."""
-    hidden, in_channels = shapes["img_in.weight"]
-    head = shapes["double_blocks.0.img_attn.norm.query_norm.weight"][0]
-
-    def count(block: str) -> int:
-        return len({name.split(".")[1] for name in shapes if name.startswith(block + ".")})
-
-    model = {
-        "image_model": "flux",
-        "in_channels": in_channels // 4,
-        "out_channels": shapes["final_layer.linear.weight"][0] // 4,
-        "patch_size": 2,
-        "vec_in_dim": shapes["vector_in.in_layer.weight"][1],
-        "context_in_dim": shapes["txt_in.weight"][1],
-        "hidden_size": hidden,
-        "mlp_ratio": shapes["double_blocks.0.img_mlp.0.weight"][0] / hidden,
-        "num_heads": hidden // head,
-        "depth": count("double_blocks"),
-        "depth_single_blocks": count("single_blocks"),
-        "axes_dim": [16, 56, 56],
-        "theta": 10000,
-        "qkv_bias": True,
-        "guidance_embed": "guidance_in.in_layer.weight" in shapes,
-        "disable_unet_model_creation": True,
-    }
-    name = "Flux" if model["guidance_embed"] else "FluxSchnell"
-    return {"model_class": name, "model_config": model}
 
 
 def _check_statistics(plan: Plan, statistics: Statistics) -> None:

@@ -57,6 +57,8 @@ def _lines(counts: Counts, layout: Layout, exchange: float, broadcast: float) ->
     if counts.workers == 1 and not counts.local:
         return []
     total = counts.shared + counts.local
+    if counts.workers == 1:
+        return [f"parallel: one device for {counts.local} calls"]
     head = f"parallel: {counts.shared}/{total} calls over {counts.workers} processes ({layout})"
     if counts.shared:
         share = (exchange + broadcast) / max(counts.total_s, 1e-9)

@@ -5,7 +5,7 @@ Pool and on what apply.py found out about the MODEL; touches no ComfyUI.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -106,7 +106,7 @@ class ParallelRun:
         assert self.shared is not None
         assert layout is not None
         try:
-            encoded, tensors = _encode_call(call)
+            encoded, tensors = _encode_call(call, self.shared.plan.rebuilt)
         except Unsupported as error:
             return self._alone(f"{error}, which cannot travel", executor, call)
         started = time.perf_counter()
@@ -307,14 +307,19 @@ class ParallelRun:
             shared.pool.end_run()
 
 
-def _encode_call(call: NetworkCall) -> tuple[Any, list[torch.Tensor]]:
+def _encode_call(call: NetworkCall, rebuilt: Sequence[str]) -> tuple[Any, list[torch.Tensor]]:
     """The call for the wire: (positional names, arguments, options), tensors beside.
 
     Options of other nodes that cannot travel are left out: the network's forward reads ComfyUI's
-    own ones. An argument that cannot travel raises Unsupported.
+    own ones. An argument that cannot travel raises Unsupported, unless the network rebuilds it.
     """
     tensors: list[torch.Tensor] = []
-    arguments = encode(call.arguments, tensors, "an argument")
+    named = dict(call.arguments)
+    for path in rebuilt:
+        name, _, key = path.partition(".")
+        if isinstance(named.get(name), dict):
+            named[name] = {k: v for k, v in named[name].items() if k != key}
+    arguments = encode(named, tensors, "the call's ")
     options = {}
     for name, value in call.options.items():
         if name in _DROPPED or name.startswith("slipstream"):

@@ -22,7 +22,8 @@ from slipstream.parallel.mesh import Layout
 
 U2, U3, U4 = Layout(ulysses=2), Layout(ulysses=3), Layout(ulysses=4)
 R2, R3, R4, HYBRID = Layout(ring=2), Layout(ring=3), Layout(ring=4), Layout(ulysses=2, ring=2)
-LAYOUTS = (U2, U3, U4, R3, HYBRID)
+LAYOUTS = (U2, R3, HYBRID)
+MANY = (U2, U3, U4, R2, R3, R4, HYBRID)  # with three heads, ulysses 4 leaves a rank without any
 FEW = (U3, HYBRID)
 
 

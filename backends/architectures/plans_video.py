@@ -160,6 +160,7 @@ MINIMAX_H3 = TokenPlan(
         ),
     ),
     end=Gather(path="final_layer", args={"x": Tok(0, ("x",))}),
+    rebuilt=("minimax_payload.layout",),
     heads="blocks.0.attn.heads",
 )
 

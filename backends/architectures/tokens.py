@@ -106,7 +106,8 @@ class TokenPlan:
     end: where the sequence is whole again; local_attention: modules whose attention needs no
     exchange (queries local, keys whole); attention_layouts: modules whose queries and keys carry
     different streams; replicate: streams that every rank keeps whole; control: ControlNet
-    residual lists that are cut, name -> Tok; heads: attribute path of the head count;
+    residual lists that are cut, name -> Tok; heads: attribute path of the head count; rebuilt:
+    arguments ("name" or "name.key") that the network makes itself when they are left out;
     refuse(arguments, options): why a call cannot be shared, or None; variant(arguments): another
     plan for calls with these arguments, or None.
     """
@@ -119,6 +120,7 @@ class TokenPlan:
     replicate: Streams = ()
     control: Mapping[str, Tok] = field(default_factory=dict)
     heads: str = "num_heads"
+    rebuilt: tuple[str, ...] = ()
     refuse: Callable[[Mapping[str, Any], Mapping[str, Any]], str | None] | None = None
     variant: Callable[[Mapping[str, Any]], "TokenPlan | None"] | None = None
 

@@ -49,6 +49,7 @@ HOSTS = {
     "backends/svdquant/host.py",
     "backends/svdquant/host_operations.py",
     "backends/svdquant/host_patcher.py",
+    "backends/worker_host.py",
 }
 HOST_USERS = {"parallel/worker.py", "parallel/apply.py"}
 

@@ -65,7 +65,8 @@ class Notes:
     block_ids: those options carry block_index; block_types: and block_type;
     prefetches: it drives core's prefetch queue itself; unet: blocks are U-Net levels, not one
     residual stream; in_place: blocks write into their input; adds_between: the host changes the
-    stream between blocks by itself, without ControlNet or patches; remarks: anything else.
+    stream between blocks by itself, without ControlNet or patches; adds_from_stream: what it adds
+    is computed from the stream at that point; remarks: anything else.
     """
 
     diffusion_model_wrappers: bool = True
@@ -76,6 +77,7 @@ class Notes:
     unet: bool = False
     in_place: bool = False
     adds_between: bool = False
+    adds_from_stream: bool = False
     remarks: tuple[str, ...] = ()
 
 

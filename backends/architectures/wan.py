@@ -53,6 +53,7 @@ ARCHITECTURES = (
         ),
         notes=Notes(
             adds_between=True,
+            adds_from_stream=True,
             remarks=("audio_injector writes into the output of its blocks, in place",),
         ),
     ),
@@ -68,6 +69,7 @@ ARCHITECTURES = (
         stacks=(I2V_BLOCKS,),
         notes=Notes(
             adds_between=True,
+            adds_from_stream=True,
             remarks=(
                 "behind every fifth block the host adds face_adapter.fuser_blocks[i // 5], whose"
                 " attention does not reach the override",
@@ -82,6 +84,7 @@ ARCHITECTURES = (
         side=(Stack(blocks="music_injector.injector", block_type="music", attention_calls=0),),
         notes=Notes(
             adds_between=True,
+            adds_from_stream=True,
             remarks=("music_injector writes into the output of its blocks, in place",),
         ),
     ),

@@ -10,7 +10,16 @@ from ..run import CALL, ModelCall, Run
 from .borders import BorderCheck
 from .decisions import Decision, Decisions, Event, branch_name
 from .mechanism import Deciding
-from .stack import Probe, StackBlock, StackOverride, Streams, logical_stack
+from .stack import (
+    FRESH,
+    NOTHING,
+    STORED,
+    Probe,
+    StackBlock,
+    StackOverride,
+    Streams,
+    logical_stack,
+)
 
 
 class BlockCache(Deciding):
@@ -38,7 +47,10 @@ class BlockCache(Deciding):
         self._front, self._back, self._probe = front, back, probe
         self._stacks: dict[int, tuple[StackBlock, ...]] = {}
         self._layouts: dict[Hashable, tuple[int, tuple[bool, ...]]] = {}  # key -> add_at, present
-        self._adds_between = architecture.notes.adds_between
+        notes = architecture.notes
+        self._between = NOTHING
+        if notes.adds_between:
+            self._between = STORED if notes.adds_from_stream else FRESH
         self._checked = False
 
     def call(self, executor: Any, args: Any, kwargs: dict[str, Any], options: Any) -> Any:
@@ -51,8 +63,10 @@ class BlockCache(Deciding):
         signature = signature_of(args)
         decision = self.decisions.begin(call, signature)
         call.num_blocks = len(blocks)
-        deltas = self._adds_between or adds_between(args, kwargs, options)
-        one = _OneCall(self, call, blocks, decision, deltas)
+        between = self._between
+        if between == NOTHING and adds_between(args, kwargs, options):
+            between = FRESH
+        one = _OneCall(self, call, blocks, decision, between)
         output = one.run(executor, args, kwargs)
         if one.override.num_skipped and not one.override.applied:
             # A patch took the block that should have added the residual: this call is not usable.
@@ -60,7 +74,7 @@ class BlockCache(Deciding):
                 f"{self._architecture.name}: other blocks ran than in the call before; "
                 "computed again"
             )
-            one = _OneCall(self, call, blocks, Decision(False, None, "blocks changed"), deltas)
+            one = _OneCall(self, call, blocks, Decision(False, None, "blocks changed"), between)
             output = one.run(executor, args, kwargs)
         self._finish(one, signature)
         return output
@@ -110,14 +124,14 @@ class _OneCall:
         call: ModelCall,
         blocks: tuple[StackBlock, ...],
         decision: Decision | None,
-        deltas: bool,
+        between: str,
     ):
         self.cache, self.call, self.decision = cache, call, decision
         decisions = cache.decisions
         front, last = cache._front, len(blocks) - cache._back - 1
         self._skippable = frozenset(range(front, last + 1))
         self._check = None if cache._checked else BorderCheck()
-        self._deltas = deltas
+        self._between = between
         self.is_sound = True  # the residual is what the blocks added, and nothing else
         if decision is not None:
             self._publish(decision)
@@ -133,7 +147,7 @@ class _OneCall:
             observe=self._observe if decisions.wants_metric(call) else None,
             probe=cache._probe,
             add_at=cache._layouts.get(call.key, (None,))[0],
-            deltas=deltas,
+            between=between,
             watch=self._check,
         )
 
@@ -167,14 +181,16 @@ class _OneCall:
         self.cache._checked = True
         changed, joins_changed = check.close()
         name = self.cache._architecture.name
-        if check.reshaped or (joins_changed and not changed and not self._deltas):
+        if check.reshaped or (joins_changed and not changed and self._between == NOTHING):
             where = check.reshaped or "single"
             raise ValueError(
                 f"{name}: the input of its {where} blocks is not what the blocks before returned, "
                 "so this cache would be wrong. Use strategy output."
             )
         if changed:
-            self.cache._adds_between, self.is_sound = True, self._deltas
+            self.is_sound = self._between != NOTHING
+            if self.cache._between == NOTHING:
+                self.cache._between = FRESH
 
 
 def signature_of(args: Any) -> tuple[Any, ...]:

@@ -17,6 +17,7 @@ import torch
 from ..architectures import Architecture, Binding, Stack, stack_blocks
 
 Streams = tuple[torch.Tensor | None, ...]
+NOTHING, FRESH, STORED = "nothing", "fresh", "stored"
 Probe = Callable[[torch.nn.Module, tuple[Any, ...], dict[str, Any]], torch.Tensor]
 
 
@@ -102,9 +103,14 @@ class StackOverride:
     skipped; reuse: the decision if it is known; decide(metric): asked once if it is not, behind
     block front - 1, or with None if those blocks were not called; observe(metric): gets the metric
     of a call decided before; probe: makes the metric from block 0's arguments instead (front 0);
-    predict: the residual to add; add_at: the block that adds it; deltas: sum what every block
-    changed instead of last minus first, because something is added between the blocks; watch:
-    gets the streams in front of (enter) and behind (leave) every block that runs.
+    predict: the residual to add; add_at: the block that adds it; between: what the host adds
+    between blocks, see below; watch: gets the streams in front of (enter) and behind (leave) every
+    block that runs.
+
+    between NOTHING: the residual is last minus first. FRESH (ControlNet): the host's adds do not
+    depend on the stream, so they are made anew in every call and the residual is the sum of what
+    each block changed. STORED (injectors that read the stream, which is stale in a reused call):
+    the residual is last minus first, adds included, and is added to the first block's input.
 
     Afterwards: reuse; residual and stored_at of a computed call (None if it never got to `last`);
     applied: a reused call added its residual; blocks that ran and were skipped.
@@ -122,14 +128,14 @@ class StackOverride:
         observe: Callable[[torch.Tensor], None] | None = None,
         probe: Probe | None = None,
         add_at: int | None = None,
-        deltas: bool = False,
+        between: str = NOTHING,
         watch: "Watch | None" = None,
     ):
         self.blocks, self.front, self.last = blocks, front, last
         self.reuse, self._decide, self._predict = reuse, decide, predict
         self._observe, self._probe = observe, probe
         self._add_at = last if add_at is None else add_at
-        self._deltas, self._watch = deltas, watch
+        self._deltas, self._whole, self._watch = between == FRESH, between == STORED, watch
         self._input: torch.Tensor | None = None  # clone: blocks may write into theirs
         self._before: tuple[int, Streams] | None = None
         self.residual: Streams | None = None
@@ -204,9 +210,14 @@ class StackOverride:
         self.num_skipped += 1
         block = self.blocks[i]
         streams = block.binding.read(args, kwargs)
+        if self._whole and self._before is None:
+            self._before = (i, tuple(_clone(x) for x in streams))
         if i == self._add_at:
+            if self._whole and self._before is not None:
+                streams = self._carried(self._before[0], i, self._before[1])
             streams = tuple(
-                x if r is None else x + r for x, r in zip(streams, self._predict(), strict=True)
+                x if r is None or x is None else x + r
+                for x, r in zip(streams, self._predict(), strict=True)
             )
             self.applied = True
         return block.binding.result(_without_dropped(block, streams))

@@ -4,7 +4,14 @@ import pytest
 import torch
 from slipstream.backends.architectures import JOIN_CAT, Architecture, Carry, Notes, Stack
 from slipstream.backends.cache.borders import BorderCheck
-from slipstream.backends.cache.stack import StackOverride, logical_stack, overridden
+from slipstream.backends.cache.stack import (
+    FRESH,
+    NOTHING,
+    STORED,
+    StackOverride,
+    logical_stack,
+    overridden,
+)
 from torch import nn
 
 DIM = 8
@@ -211,7 +218,7 @@ class Recorder:
             reuse=None,
             decide=decide,
             predict=lambda: self.residual,
-            deltas=self.settings.get("deltas", False),
+            between=self.settings.get("between", NOTHING),
             **more,
         )
         before = self.network.num_runs
@@ -228,14 +235,14 @@ def clean(network):
     return all("forward" not in module.__dict__ for module in network.modules())
 
 
-@pytest.mark.parametrize("deltas", [False, True])
+@pytest.mark.parametrize("between", [NOTHING, FRESH, STORED])
 @pytest.mark.parametrize(("front", "back"), [(1, 0), (2, 1), (1, 2)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_reuse_at_the_same_input_gives_the_same_output(kind, front, back, deltas):
+def test_reuse_at_the_same_input_gives_the_same_output(kind, front, back, between):
     network = Network(kind)
     x, txt = inputs()
     plain = network(x, txt)
-    recorder = Recorder(network, kind, front=front, back=back, deltas=deltas)
+    recorder = Recorder(network, kind, front=front, back=back, between=between)
     computed, first = recorder.run(x, txt, reuse=False)
     assert torch.equal(computed, plain), "a computed call must not change the result"
     assert first.stored_at == len(recorder.blocks) - 1 - back
@@ -286,16 +293,33 @@ def test_deltas_leave_out_what_the_host_adds_between_blocks(kind):
     network = Network(kind)
     x, txt = inputs()
     errors = {}
-    for deltas in (False, True):
-        recorder = Recorder(network, kind, deltas=deltas)
+    for between in (NOTHING, FRESH):
+        recorder = Recorder(network, kind, between=between)
         network.add = 0.3
         recorder.run(x, txt, reuse=False)
         network.add = 0.6
         expected = network(x, txt)
         reused, _ = recorder.run(x, txt, reuse=True)
-        errors[deltas] = (reused - expected).abs().mean().item()
+        errors[between] = (reused - expected).abs().mean().item()
     network.add = 0.0
-    assert errors[True] < 0.5 * errors[False]
+    assert errors[FRESH] < 0.5 * errors[NOTHING]
+
+
+@pytest.mark.parametrize("kind", ["single", "in_place", "dual"])
+def test_stored_adds_are_not_added_twice(kind):
+    """An injector reads the stream, which a reused call does not have: its old add stands in."""
+    network = Network(kind)
+    network.add = 0.3
+    x, txt = inputs()
+    plain = network(x, txt)
+    errors = {}
+    for between in (NOTHING, STORED):
+        recorder = Recorder(network, kind, between=between)
+        recorder.run(x, txt, reuse=False)
+        reused, _ = recorder.run(x, txt, reuse=True)
+        errors[between] = (reused - plain).abs().mean().item()
+    assert errors[STORED] < 1e-5
+    assert errors[NOTHING] > 1
 
 
 def test_decision_known_beforehand_asks_nothing_and_observes_if_wanted():

@@ -26,16 +26,14 @@ from .setup_env import (
 def make_venv(folder: Path) -> str:
     """The Python of a virtual environment at `folder`, which is made if it is not there."""
     python = venv_python(folder)
-    if not _has_pip(str(python)):
+    if not python.is_file() or cannot_run(str(python), "import sys"):
         print(f"Making a virtual environment in {folder}", flush=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
         arguments = [str(folder), "--clear"]
-        problem = _run([sys.executable, "-m", "venv", *arguments], folder.with_suffix(".log"))
+        command, log = [sys.executable, "-m", "venv", *arguments], OWN / "venv.log"
+        problem = _run(command, log)
         if problem:  # Debian's python3 without python3-venv: the pip of this Python fills it
-            problem = _run(
-                [sys.executable, "-m", "venv", "--without-pip", *arguments],
-                folder.with_suffix(".log"),
-            )
+            problem = _run([*command, "--without-pip"], log)
         if problem:
             raise SetupError(f"Cannot make a virtual environment in {folder}: {problem}")
     return str(python)

@@ -140,7 +140,7 @@ def _absolute(path: str, one: Import) -> str | None:
         return None
     if top in COMFYUI:
         if path not in HOSTS:
-            return "only backends/host.py touches ComfyUI"
+            return "only the host modules touch ComfyUI"
         return None if one.in_function else "ComfyUI is imported when called: the engine runs alone"
     if top in OPTIONAL:
         return None if one.in_function else "optional: import it in the function that needs it"
@@ -172,8 +172,8 @@ def test_pack_keeps_the_table():
         ("backends/run.py", "from ..nodes import cache", "nobody imports nodes"),
         ("backends/run.py", "from ..parallel import wire", "backends may import backends"),
         ("backends/run.py", "from .. import parallel", "backends may import backends"),
-        ("backends/run.py", "def f():\n    import comfy.ops", "only backends/host.py"),
-        ("backends/run.py", "import folder_paths", "only backends/host.py"),
+        ("backends/run.py", "def f():\n    import comfy.ops", "only the host modules"),
+        ("backends/run.py", "import folder_paths", "only the host modules"),
         ("backends/run.py", "import backends.report", "relative imports only"),
         ("backends/run.py", "from slipstream.backends import report", "relative imports only"),
         ("backends/run.py", "import requests", "not a package"),
@@ -181,7 +181,7 @@ def test_pack_keeps_the_table():
         ("backends/run.py", "class A:\n    import numpy", "in the function that needs it"),
         ("backends/run.py", "try:\n    import xformers.ops\nexcept ImportError: 0", "optional"),
         ("backends/run.py", "import importlib as i\ni.import_module('sageattention')", "optional"),
-        ("backends/run.py", "comfy = __import__('comfy')", "only backends/host.py"),
+        ("backends/run.py", "comfy = __import__('comfy')", "only the host modules"),
         ("backends/host.py", "import comfy.ops", "imported when called"),
         ("parallel/comm.py", "from ..backends import host", "without the host"),
         ("parallel/comm.py", "from ..backends.host import features", "without the host"),

@@ -6,6 +6,12 @@ from .attention import SlipstreamAttention
 from .cache import SlipstreamCache, SlipstreamCacheDiT
 from .parallel import SlipstreamSequenceParallel
 from .report import SlipstreamReport
+from .svdquant import (
+    SlipstreamSVDQuantCalibrate,
+    SlipstreamSVDQuantConvert,
+    SlipstreamSVDQuantInspect,
+    SlipstreamSVDQuantLoader,
+)
 
 NODES: list[type[io.ComfyNode]] = [
     SlipstreamAttention,
@@ -13,6 +19,10 @@ NODES: list[type[io.ComfyNode]] = [
     SlipstreamCacheDiT,
     SlipstreamReport,
     SlipstreamSequenceParallel,
+    SlipstreamSVDQuantLoader,
+    SlipstreamSVDQuantInspect,
+    SlipstreamSVDQuantCalibrate,
+    SlipstreamSVDQuantConvert,
 ]
 
 

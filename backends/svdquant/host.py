@@ -1,11 +1,10 @@
-"""Loads an SVDQuant file as ComfyUI's own model class (ComfyUI 0.33), and ComfyUI's files.
+"""Loads an SVDQuant file as ComfyUI's own model class (ComfyUI 0.33).
 
-With host_operations and host_patcher the only part of SVDQuant that knows ComfyUI. Imports happen
-when called.
+With host_operations, host_patcher and host_files the only part of SVDQuant that knows ComfyUI.
+Imports happen when called.
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -175,13 +174,3 @@ def check_names(checkpoint: Checkpoint, network: torch.nn.Module, given: set[str
             f"{file} has {len(extra)} tensors that ComfyUI's {family} does not have "
             f"({', '.join(extra[:3])}): it is a variant that is not supported"
         )
-
-
-def model_path(name: str) -> Path:
-    """The path of a file in ComfyUI's diffusion_models folders. Raises if it is not there."""
-    import folder_paths
-
-    found = folder_paths.get_full_path("diffusion_models", name)
-    if found is None:
-        raise CheckpointError(f"{name} is not in the diffusion_models folder: refresh the list")
-    return Path(found)

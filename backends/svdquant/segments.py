@@ -149,3 +149,21 @@ def _finite(tensor: torch.Tensor) -> bool:
     if tensor.element_size() == 1:  # float8_e4m3fn: seven ones are NaN, there is no infinity
         return not bool(((tensor.view(torch.uint8) & 0x7F) == 0x7F).any())
     return bool(torch.isfinite(tensor).all())
+
+
+def unsigned_by_topology(checkpoint: Checkpoint) -> dict[str, bool]:
+    """Layer name -> whether its input is shifted, as the reader will decide it."""
+    pieces = {
+        f"{block.source}.{piece.name}"
+        for block in checkpoint.family.blocks
+        for layer in block.layers
+        for piece in (p for row in layer.choices[0] for p in row)
+        if piece.unsigned
+    }
+    found = {}
+    for name, layer in checkpoint.layers.items():
+        block, _, rest = name.partition(".")
+        inner = rest.partition(".")[2]
+        stated = f"{block}.{inner}" in pieces if layer.unsigned is None else layer.unsigned
+        found[name] = stated and layer.precision == "int4"
+    return found

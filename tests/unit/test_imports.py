@@ -47,6 +47,7 @@ HOSTS = {
     "backends/host.py",
     "backends/offload/host.py",
     "backends/svdquant/host.py",
+    "backends/svdquant/host_files.py",
     "backends/svdquant/host_operations.py",
     "backends/svdquant/host_patcher.py",
     "backends/worker_host.py",

@@ -225,7 +225,7 @@ def test_what_cannot_be_converted(tmp_path):
 
 
 # ---- quality ----
-def outlier_model(tmp_path, hidden=512):
+def outlier_model(tmp_path, hidden=384):
     """A 16-bit Qwen-Image block with power-law spectra and heavy channels, and its statistics."""
     source, dense = dense_file(tmp_path, "qwen-image", hidden=hidden)
     g = torch.Generator().manual_seed(0)

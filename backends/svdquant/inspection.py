@@ -1,0 +1,113 @@
+"""What a file is and which backends can run it here, as text for a person. Reads the header only.
+
+Numbers come from the tensors; metadata and the file's name are only compared with them.
+"""
+
+import re
+from collections import Counter
+
+import torch
+
+from .dialects import DIALECTS, Checkpoint
+from .engine import Engine
+from .kernels import KERNELS, Kernel, LayerRequest
+from .segments import unsigned_by_topology
+
+_NAME = re.compile(r"svdq-(int4|fp4)_r(\d+)-")
+_DTYPES = {"BF16": "bfloat16", "F16": "float16"}
+
+
+def inspect_text(checkpoint: Checkpoint, device: torch.device) -> str:
+    """A few lines: dialect, family, precision, ranks, layers, sizes, doubts, backends."""
+    layers = checkpoint.layers.values()
+    entries = checkpoint.header.tensors
+    quantised = sum(entries[key].num_bytes for f in layers for key in f.parts.values())
+    total = sum(entry.num_bytes for entry in entries.values())
+    kinds = Counter(layer.precision for layer in layers)
+    ranks = ", ".join(map(str, checkpoint.ranks))
+    shown = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+    lines = [
+        f"{checkpoint.header.path.name}: {total / 1e9:.2f} GB",
+        f"Family: {checkpoint.family.title}. Dialect: {DIALECTS[checkpoint.dialect]}.",
+        f"Precision: {checkpoint.precision}, rank {ranks}, 16-bit parts {checkpoint.dtype}.",
+        f"Quantised layers: {len(layers)} ({shown}), {quantised / 1e9:.2f} GB; "
+        f"other tensors: {len(checkpoint.dense)}.",
+        *doubts(checkpoint),
+        f"Backends on {_device_name(device)}:",
+        *(f"  {kernel.id}: {verdict(kernel, checkpoint, device)}" for kernel in KERNELS),
+        f"  auto picks {picked(checkpoint, device)}.",
+    ]
+    return "\n".join(lines)
+
+
+def doubts(checkpoint: Checkpoint) -> list[str]:
+    """Where metadata or the file's name say something else than the tensors."""
+    found = []
+    config = checkpoint.header.json("quantization_config")
+    rank = config.get("rank")
+    if isinstance(rank, int) and checkpoint.ranks not in ((rank,), ()):
+        found.append(f"Doubt: the metadata says rank {rank}.")
+    weight = config.get("weight")
+    stated = weight.get("dtype") if isinstance(weight, dict) else None
+    fp4 = isinstance(stated, str) and stated.startswith("fp4")
+    if isinstance(stated, str) and fp4 != (checkpoint.precision == "nvfp4"):
+        found.append(f"Doubt: the metadata says {stated}.")
+    match = _NAME.search(checkpoint.header.path.name)
+    if match:
+        precision = "nvfp4" if match.group(1) == "fp4" else "int4"
+        if precision != checkpoint.precision or (int(match.group(2)),) != checkpoint.ranks:
+            found.append(f"Doubt: the file's name says {precision}, rank {match.group(2)}.")
+    return found
+
+
+def requests(checkpoint: Checkpoint, device: torch.device) -> list[LayerRequest]:
+    """One request per kind of layer in the file, for a device."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    unsigned = unsigned_by_topology(checkpoint)
+    kinds = {
+        (layer.precision, unsigned[name], layer.num_rows, layer.num_columns)
+        for name, layer in checkpoint.layers.items()
+    }
+    return [
+        LayerRequest(
+            precision=precision,
+            device_type=device.type,
+            dtype=_DTYPES[checkpoint.dtype],
+            num_rows=num_rows,
+            num_columns=num_columns,
+            unsigned=is_unsigned,
+            capability=capability,
+            is_hip=torch.version.hip is not None,
+        )
+        for precision, is_unsigned, num_rows, num_columns in sorted(kinds)
+    ]
+
+
+def verdict(kernel: Kernel, checkpoint: Checkpoint, device: torch.device) -> str:
+    """Whether a backend can run the file on the device, or the reason."""
+    reason = kernel.available()
+    if reason is not None:
+        return f"no ({reason})"
+    asked = requests(checkpoint, device)
+    reasons = [r for r in map(kernel.ineligible, asked) if r is not None]
+    if not reasons:
+        return "yes"
+    if len(reasons) == len(asked):
+        return f"no ({reasons[0]})"
+    return f"for {len(asked) - len(reasons)} of {len(asked)} kinds of layers ({reasons[0]})"
+
+
+def picked(checkpoint: Checkpoint, device: torch.device) -> str:
+    """What auto would use, as far as it is known without loading."""
+    if device.type == "cuda":
+        return "the fastest of them, measured on one layer when the model is loaded"
+    engine = Engine("auto")
+    asked = [r for r in requests(checkpoint, device) if r.precision != "awq"]
+    return ", ".join(dict.fromkeys(engine.choose(request).id for request in asked))
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"{torch.cuda.get_device_name(device)} (SM{major}{minor})"
+    return device.type

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 NO_STALL = 0.002  # a step within this share of pure computing counts as free of stalls
 MIN_GAIN = 0.03  # below this share of a step, prefetch is not worth its buffers
 SLOWER = 0.03  # a plan that makes a later step slower by more than this share is rolled back
+_SAME = 1e-9  # relative difference of two times that are equal but for rounding
 _PASSES = 2  # the first pass fills the buffers, the last one is a step in the steady state
 _SMALL_MODULE = 64 * 1024  # ComfyUI 0.33, model_patcher.py `_load_list`: smaller ones come first
 
@@ -222,18 +223,23 @@ def _best(
     room: int,
     order: list[int] | None,
 ) -> OffloadPlan:
-    """The choice 0 .. num_choices (more is more resident) that fits `room` and serves the goal."""
-    computing = sum(block.seconds for block in blocks)
-    best = 0
+    """The fastest choice of 0 .. num_choices that fits `room`; as fast: the one most resident.
+
+    smallest: the first one that is free of stalls instead. The choices do not depend on the room,
+    so that more room is never slower.
+    """
+    enough = sum(block.seconds for block in blocks) * (1 + NO_STALL)
+    best, least = 0, float("inf")
     for count in range(num_choices + 1):
         resident, streamed = placed(count)
         if resident + staging_bytes(streamed, depth) > room and count > 0:
             continue
-        best = count
-        if smallest:
-            seconds = simulate(blocks, streamed, rate=rate, depth=depth).seconds
-            if seconds <= computing * (1 + NO_STALL):
-                break
+        seconds = simulate(blocks, streamed, rate=rate, depth=depth).seconds
+        if seconds <= least * (1 + _SAME):
+            best, least = count, min(seconds, least)
+        if smallest and seconds <= enough:
+            best = count
+            break
     resident, streamed = placed(best)
     forecast = simulate(blocks, streamed, rate=rate, depth=depth)
     kept = order[:best] if order is not None else []

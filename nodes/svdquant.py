@@ -195,17 +195,44 @@ class SlipstreamSVDQuantConvert(io.ComfyNode):
                     advanced=True,
                     tooltip="Of the new file, beside the source; empty: made from its settings.",
                 ),
+                io.Boolean.Input(
+                    "overwrite",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Replace a file of that name, once the new one is complete.",
+                ),
+                io.AnyType.Input(
+                    "after",
+                    optional=True,
+                    tooltip=(
+                        "Not read: whatever is connected runs first. Connect the latent of the "
+                        "calibration run to do both in one graph."
+                    ),
+                ),
             ],
             outputs=[io.String.Output("file", tooltip="The name of the new file.")],
         )
 
     @classmethod
     def execute(
-        cls, model_name, precision, statistics, rank=32, search=False, file_name=""
+        cls,
+        model_name,
+        precision,
+        statistics,
+        rank=32,
+        search=False,
+        file_name="",
+        overwrite=False,
+        after=None,
     ) -> io.NodeOutput:
         config = ConvertConfig(precision=precision, rank=rank, search=search)
         file = files.convert_model(
-            model_name, config, statistics=statistics.strip(), file_name=file_name
+            model_name,
+            config,
+            statistics=statistics.strip(),
+            file_name=file_name,
+            overwrite=overwrite,
         )
         show_text(file, cls.hidden.unique_id)
         return io.NodeOutput(file)

@@ -39,14 +39,15 @@ def convert(
     statistics: Statistics | None = None,
     device: torch.device | None = None,
     progress: Progress | None = None,
+    overwrite: bool = False,
 ) -> Path:
-    """Quantise `source` to `target`, which must not exist. Returns `target`.
+    """Quantise `source` to `target`, which must not exist unless `overwrite`. Returns `target`.
 
     statistics: recorded inputs for smoothing, None for none; device: where a layer is computed;
     progress(done, total) is called after every layer and may raise to stop.
     Raises CheckpointError if the source cannot be converted or the statistics do not fit.
     """
-    if target.exists():
+    if target.exists() and not overwrite:
         raise ValueError(f"{target.name} exists already: choose another file name")
     header = read_header(source)
     plan = plan_conversion(header)

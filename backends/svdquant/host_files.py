@@ -54,7 +54,9 @@ def inspect_model(name: str) -> str:
     return inspect_text(checkpoint, comfy.model_management.get_torch_device())
 
 
-def convert_model(name: str, config: ConvertConfig, *, statistics: str, file_name: str) -> str:
+def convert_model(
+    name: str, config: ConvertConfig, *, statistics: str, file_name: str, overwrite: bool = False
+) -> str:
     """Converts a model file beside itself, or under `file_name`; returns the new name.
 
     statistics: the name of a calibration, or "" for none. Can be interrupted like a sampler.
@@ -64,6 +66,8 @@ def convert_model(name: str, config: ConvertConfig, *, statistics: str, file_nam
 
     source = model_path(name)
     target = target_path(source, config, file_name)
+    if target == source:
+        raise ValueError(f"{target.name} is the source itself: choose another file name")
     recorded = load_statistics(statistics_path(statistics)) if statistics else None
     bar: list[Any] = []
 
@@ -74,22 +78,26 @@ def convert_model(name: str, config: ConvertConfig, *, statistics: str, file_nam
         comfy.model_management.throw_exception_if_processing_interrupted()
 
     device = comfy.model_management.get_torch_device()
-    convert(source, target, config, statistics=recorded, device=device, progress=progress)
+    convert(
+        source,
+        target,
+        config,
+        statistics=recorded,
+        device=device,
+        progress=progress,
+        overwrite=overwrite,
+    )
     return target.name
 
 
 def target_path(source: Path, config: ConvertConfig, file_name: str) -> Path:
     """Beside the source: as named, else svdq-<precision>_r<rank>-<source>.
 
-    Raises ValueError for a name with a folder, or one that is taken.
+    Raises ValueError for a name with a folder.
     """
     precision = "fp4" if config.precision == "nvfp4" else "int4"
     chosen = file_name.strip() or f"svdq-{precision}_r{config.rank}-{source.stem}"
     if Path(chosen).name != chosen or chosen.startswith("."):
         raise ValueError(f"file name '{chosen}': give a name without a folder")
-    target = source.with_name(
-        chosen if chosen.endswith(".safetensors") else f"{chosen}.safetensors"
-    )
-    if target.exists():
-        raise ValueError(f"{target.name} exists already: choose another file name")
-    return target
+    suffix = "" if chosen.endswith(".safetensors") else ".safetensors"
+    return source.with_name(chosen + suffix)

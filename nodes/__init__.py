@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .attention import SlipstreamAttention
 from .cache import SlipstreamCache, SlipstreamCacheDiT
+from .offload import SlipstreamLayerOffload
 from .parallel import SlipstreamSequenceParallel
 from .report import SlipstreamReport
 from .svdquant import (
@@ -17,6 +18,7 @@ NODES: list[type[io.ComfyNode]] = [
     SlipstreamAttention,
     SlipstreamCache,
     SlipstreamCacheDiT,
+    SlipstreamLayerOffload,
     SlipstreamReport,
     SlipstreamSequenceParallel,
     SlipstreamSVDQuantLoader,

@@ -124,8 +124,8 @@ VARIANTS = {
     "lens mask": ("lens", {"attention_mask": TEXT_MASK}),
     "sd3 control": ("sd3", {"control": {"output": [randn(2, 35, 192)]}}),
     "joyimage reference": ("joyimage", {"ref_latents": [randn(2, 16, 1, 6, 8)]}),
-    "minimax denoise mask": ("minimax_h3", {
-        "denoise_mask": torch.cat((torch.full((1, 1, 1, 7, 5), 0.5), torch.ones(1, 1, 2, 7, 5)), 2)}),
+    "minimax denoise mask": ("minimax_h3", {"denoise_mask": torch.cat(
+        (torch.full((1, 1, 1, 7, 5), 0.5), torch.ones(1, 1, 2, 7, 5)), 2)}),
 }  # fmt: skip
 
 
@@ -138,7 +138,7 @@ def test_what_a_family_takes_besides(name):
     changed = usual.with_(**changes)
     assert_same(changed, FEW)
     before, after = usual.run({}), changed.run({})
-    assert any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(before, after)), (
+    assert any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(before, after, strict=True)), (
         "the network does not read this"
     )
 

@@ -1,0 +1,199 @@
+"""Collectives on forked ranks: uneven and empty parts, every dtype, closing frees a peer, ring."""
+
+import time
+
+import pytest
+import torch
+from forked_ranks import run_ranks
+from slipstream.parallel.comm import Clock, TransportError
+from slipstream.parallel.mesh import Layout
+from slipstream.parallel.ring import merge, partial_attention
+
+DTYPES = [
+    torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int8, torch.bool,
+    torch.float8_e4m3fn,
+]  # fmt: skip
+
+
+def test_exchange_of_uneven_and_empty_parts_in_every_dtype():
+    """Rank a sends a + b rows to rank b; rank 2 sends nothing to rank 0."""
+
+    def rows(a, b):
+        return 0 if (a, b) == (2, 0) else a + b
+
+    def body(rank):
+        group = rank.links(Layout(ulysses=3), "g").mesh.main
+        me, seen = rank.number, []
+        for dtype in DTYPES:
+            parts = [torch.full((rows(me, b), 2), me * 3 + b).to(dtype) for b in range(3)]
+            shapes = [(rows(a, me), 2) for a in range(3)]
+            got = group.exchange(parts, shapes).wait()
+            assert [t.dtype for t in got] == [dtype] * 3
+            seen.append([t.float().tolist() for t in got])
+        return seen
+
+    for me, seen in enumerate(run_ranks(3, body)):
+        for dtype, got in zip(DTYPES, seen, strict=True):
+            values = [torch.tensor(float(a * 3 + me)).to(dtype).float() for a in range(3)]
+            assert got == [[[v.item()] * 2] * rows(a, me) for a, v in enumerate(values)]
+
+
+def test_exchange_with_nothing_for_some():
+    def body(rank):
+        group = rank.links(Layout(ulysses=2), "g").mesh.main
+        parts = [None, torch.ones(3)] if rank.number == 0 else [torch.zeros(0), None]
+        shapes = [None, (0,)] if rank.number == 0 else [(3,), None]
+        return [t.tolist() for t in group.exchange(parts, shapes).wait()]
+
+    assert run_ranks(2, body) == [[[], []], [[1.0] * 3, []]]
+
+
+def test_gather_broadcast_send_and_bytes_counted():
+    def body(rank):
+        mesh = rank.links(Layout(ulysses=3), "g").mesh
+        me = rank.number
+        local = torch.full((1, me + 1, 2), float(me))
+        everyone = mesh.gather(local, [1, 2, 3], 1, leader_only=False)
+        leader = mesh.gather(local, [1, 2, 3], 1, leader_only=True)
+        flag = torch.tensor([me], dtype=torch.uint8)
+        mesh.main.broadcast(flag, root=2)
+        if me == 0:
+            mesh.main.send(torch.arange(4.0), to=1)
+        got = torch.empty(4)
+        if me == 1:
+            mesh.main.recv(got, source=0)
+        return {
+            "everyone": everyone[0, :, 0].tolist(),
+            "leader": None if leader is None else leader[0, :, 0].tolist(),
+            "flag": flag.item(),
+            "got": got.tolist() if me == 1 else None,
+            "bytes": rank.clock.bytes_sent,
+        }
+
+    whole = [0.0, 1.0, 1.0, 2.0, 2.0, 2.0]
+    ranks = run_ranks(3, body)
+    assert [r["everyone"] for r in ranks] == [whole] * 3
+    assert [r["leader"] for r in ranks] == [whole, None, None]
+    assert [r["flag"] for r in ranks] == [2, 2, 2]
+    assert ranks[1]["got"] == [0.0, 1.0, 2.0, 3.0]
+    assert ranks[0]["bytes"] == 2 * 8 + 16, "its rows to two ranks, and what it sent"
+
+
+def test_hybrid_groups_hold_the_right_ranks():
+    def body(rank):
+        mesh = rank.links(Layout(ulysses=2, ring=2), "g").mesh
+        mine = torch.tensor([float(rank.number)])
+        heads = mesh.heads.exchange([mine] * 2, [(1,)] * 2).wait()
+        keys = mesh.keys.exchange([mine] * 2, [(1,)] * 2).wait()
+        return [t.item() for t in heads], [t.item() for t in keys], list(mesh.chunk)
+
+    assert run_ranks(4, body) == [
+        ([0, 1], [0, 2], [0, 1]),
+        ([0, 1], [1, 3], [0, 1]),
+        ([2, 3], [0, 2], [2, 3]),
+        ([2, 3], [1, 3], [2, 3]),
+    ]
+
+
+def test_cfg_layout_has_a_relay_between_process_0_and_branch_1():
+    def body(rank):
+        links = rank.links(Layout(cfg=2, ulysses=2), "g")
+        branch = links.layout.branch(rank.number)
+        value = torch.tensor([rank.number * 10.0])
+        if rank.number == 0:
+            links.relay.broadcast(value, root=0)
+            links.relay.recv(value, source=1)
+        elif branch == 1:
+            links.relay.broadcast(value, root=0)
+            if links.layout.rank(rank.number) == 0:
+                links.relay.send(value + 5, to=0)
+        return value.item(), links.relay is not None, links.mesh.rank
+
+    assert run_ranks(4, body) == [(5, True, 0), (10, False, 1), (0, True, 0), (0, True, 1)]
+
+
+@pytest.mark.parametrize("pending", [0, 2])
+def test_closing_frees_a_blocked_peer_at_once(pending):
+    """Also with exchanges under way whose frames a traceback may hold."""
+
+    def body(rank):
+        links = rank.links(Layout(ulysses=2), "g", timeout_s=15)
+        group = links.mesh.main
+        started = time.monotonic()
+        if rank.number == 1:
+            open_ones = [group.exchange([torch.ones(9)] * 2, [(9,)] * 2) for _ in range(pending)]
+            time.sleep(0.3)
+            links.close()
+            assert len(open_ones) == pending
+            with pytest.raises(TransportError):
+                group.exchange([torch.ones(1)] * 2, [(1,)] * 2)
+            time.sleep(2)
+            return None
+        with pytest.raises(TransportError):
+            for _ in range(3):
+                group.exchange([torch.ones(9)] * 2, [(9,)] * 2).wait()
+        return time.monotonic() - started
+
+    assert run_ranks(2, body)[0] < 2
+
+
+def test_a_silent_peer_is_a_transport_error_after_the_timeout():
+    def body(rank):
+        links = rank.links(Layout(ulysses=2), "g", timeout_s=1)
+        if rank.number == 1:
+            time.sleep(3)
+            return None
+        started = time.monotonic()
+        with pytest.raises(TransportError):
+            links.mesh.main.exchange([torch.ones(1)] * 2, [(1,)] * 2).wait()
+        return time.monotonic() - started
+
+    assert 0.5 < run_ranks(2, body)[0] < 2.5
+
+
+def test_clock_adds_up():
+    clock = Clock(torch.device("cpu"))
+    for _ in range(2):
+        with clock.measure("exchange"):
+            time.sleep(0.01)
+    assert 0.02 <= clock.seconds()["exchange"] < 0.2
+    assert clock.seconds() == clock.seconds()
+
+
+# --- log-sum-exp
+
+
+def qkv(num_queries=5, num_keys=9, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(2, 3, n, 8, generator=generator) for n in (num_queries, num_keys, num_keys)]
+
+
+def test_merging_parts_of_the_keys_is_attention_over_all():
+    q, k, v = qkv()
+    mask = torch.zeros(5, 9)
+    mask[:, :4] = float("-inf")  # the first part has no key for anybody
+    mask[2, 6:] = float("-inf")
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    out = lse = None
+    for part in (slice(0, 4), slice(4, 4), slice(4, 6), slice(6, 9)):
+        found = partial_attention(q, k[:, :, part], v[:, :, part], mask=mask[..., part])
+        out, lse = merge(out, lse, *found)
+    assert (out - expected).abs().max() < 1e-6
+
+
+def test_partial_attention_gives_the_log_sum_exp():
+    q, k, v = qkv()
+    keep = torch.ones(5, 9, dtype=torch.bool)
+    keep[:, 3] = False
+    out, lse = partial_attention(q, k, v, mask=keep, scale=0.3)
+    scores = (q @ k.transpose(-1, -2) * 0.3).masked_fill(~keep, float("-inf"))
+    assert (lse - torch.logsumexp(scores, -1)).abs().max() < 1e-5
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=keep, scale=0.3)
+    assert (out - expected).abs().max() < 1e-6
+
+
+def test_rows_without_any_key_are_zero():
+    q, k, v = qkv()
+    out, lse = partial_attention(q, k, v, mask=torch.zeros(5, 9, dtype=torch.bool))
+    merged, _ = merge(None, None, out, lse)
+    assert torch.equal(merged, torch.zeros_like(merged))

@@ -24,9 +24,8 @@ REFUSED = {
 def find_plan(network: object) -> TokenPlan | str:
     """The plan for a network, or the sentence that says why there is none."""
     name = type(network).__name__
-    plan = PLANS.get(name)
-    if plan is not None:
-        return plan
+    if name in PLANS and type(network).__module__.startswith("comfy.ldm."):
+        return PLANS[name]
     why = f" ({REFUSED[name]})" if name in REFUSED else ""
     return (
         f"No token plan for class {name}{why}: sequence parallel would be wrong. "

@@ -1,5 +1,7 @@
 """All architectures, and the lookup by class."""
 
+from dataclasses import replace
+
 from . import (
     aura_flow,
     cogvideox,
@@ -24,6 +26,7 @@ from . import (
     wan,
 )
 from .data import Architecture
+from .plans import PLANS
 
 FILES = (
     aura_flow,
@@ -49,7 +52,9 @@ FILES = (
     wan,
 )
 ARCHITECTURES: dict[str, Architecture] = {
-    architecture.class_name: architecture for file in FILES for architecture in file.ARCHITECTURES
+    architecture.class_name: replace(architecture, tokens=PLANS.get(architecture.class_name))
+    for file in FILES
+    for architecture in file.ARCHITECTURES
 }
 
 HOST = "comfy.ldm."

@@ -137,10 +137,9 @@ def test_what_a_family_takes_besides(name):
         usual = usual.with_(**FIRST)
     changed = usual.with_(**changes)
     assert_same(changed, FEW)
-    before, after = usual.run({}), changed.run({})
-    assert any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(before, after, strict=True)), (
-        "the network does not read this"
-    )
+    pairs = zip(usual.run({}), changed.run({}), strict=True)
+    reads = any(a.shape != b.shape or not torch.equal(a, b) for a, b in pairs)
+    assert reads, "the network does not read this"
 
 
 # --- what must fail

@@ -202,11 +202,10 @@ def test_attention_that_bypasses_the_hook_is_noticed():
 
 def test_an_argument_of_another_length_is_noticed():
     short = {**inputs(2), "pe": torch.zeros(1, 27, 2 * DIM)}
+    net = Net(2)
+    call = Call(bind(PLAN, net), FakeMesh(), None)
     with pytest.raises(PlanError, match="27 tokens"):
-        call = Call(bind(PLAN, Net(2)), FakeMesh(), None)
-        block = Net(2).blocks[0]
-        args = {"img": short["img"], "txt": short["txt"], "pe": short["pe"]}
-        call.enter_block(PLAN.blocks[0], "blocks.0", block, [], args)
+        call.enter_block(PLAN.blocks[0], "blocks.0", net.blocks[0], [], short)
 
 
 class FakeMesh:

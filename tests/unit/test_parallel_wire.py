@@ -4,7 +4,7 @@ import ast
 import json
 import pickle
 import uuid
-from dataclasses import fields
+from dataclasses import is_dataclass
 
 import pytest
 import torch
@@ -102,12 +102,13 @@ def test_messages_round_trip(message):
 
 
 def test_every_message_is_frozen_and_known():
-    kinds = [c for c in vars(messages).values() if isinstance(c, type) and hasattr(c, "__match_args__")
-             and c.__module__ == messages.__name__]  # fmt: skip
+    kinds = [
+        c for c in vars(messages).values() if getattr(c, "__module__", "") == messages.__name__
+    ]
+    kinds = [c for c in kinds if is_dataclass(c)]
     assert {c.__name__ for c in kinds} == set(messages._KINDS)
     for cls in kinds:
         assert cls.__dataclass_params__.frozen
-        fields(cls)
 
 
 @pytest.mark.parametrize(

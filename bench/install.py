@@ -22,6 +22,9 @@ from .setup_env import (
     venv_python,
 )
 
+# The newest of each need not match: torchaudio stopped at 2.11. These run ComfyUI 0.33.
+_MATCHING_TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
+
 
 def make_venv(folder: Path) -> str:
     """The Python of a virtual environment at `folder`, which is made if it is not there."""
@@ -85,8 +88,10 @@ def make_python(comfyui: Path) -> str:
     python = make_venv(OWN_VENV)
     if cannot_run(python):
         print("Installing torch and ComfyUI's requirements (some minutes)", flush=True)
-        # Named together, so that pip takes builds that match.
-        pip_install(python, ["torch", "torchvision", "torchaudio"])
+        try:
+            pip_install(python, _MATCHING_TORCH)
+        except SetupError:  # not for this Python or platform: what pip thinks best
+            pip_install(python, [name.partition("==")[0] for name in _MATCHING_TORCH])
         pip_install(python, ["-r", str(comfyui / "requirements.txt")])
         problem = cannot_run(python)
         if problem:
@@ -141,6 +146,6 @@ def _run(command: Sequence[str], log: Path, environment: Mapping[str, str] | Non
         return ""
     lines = [line.strip(" │╭╰─╮╯") for line in log.read_text(errors="replace").splitlines()]
     lines = [line for line in lines if line]
-    errors = [line for line in lines if "error" in line.lower() or "fatal" in line.lower()]
+    errors = [line for line in lines if line.lower().startswith(("error", "fatal"))]
     said = (errors or lines or [f"exit code {done.returncode}"])[-1]
     return f"{said} (all of it: {log})"

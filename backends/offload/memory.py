@@ -152,12 +152,16 @@ def _headline(use: MemoryUse) -> str:
 
 
 def _model_lines(use: MemoryUse) -> list[str]:
-    return [
-        f"  {m.name} ({m.kind}, {m.device}): {gib(m.total_bytes)} GiB, "
-        f"{gib(0 if m.on_cpu else m.loaded_bytes)} resident, {gib(m.offloaded_bytes)} offloaded, "
-        f"{gib(m.pinned_bytes)} pinned"
-        for m in use.models
-    ]
+    lines = []
+    for m in use.models:
+        line = f"  {m.name} ({m.kind}, {m.device}): {gib(m.total_bytes)} GiB"
+        if not m.on_cpu:
+            line += (
+                f", {gib(m.loaded_bytes)} resident, {gib(m.offloaded_bytes)} offloaded, "
+                f"{gib(m.pinned_bytes)} pinned"
+            )
+        lines.append(line)
+    return lines
 
 
 def _advice(residents: Sequence[Resident]) -> list[str]:

@@ -46,8 +46,6 @@ class OffloadState:
             self.outcome.no_prefetch = why_no_prefetch(run.patcher, config)
             can_prefetch = self.outcome.no_prefetch is None
             self._tuner = Tuner(run.patcher, config, self._units, can_prefetch=can_prefetch)
-        elif config.mode != "off":
-            run.note(f"offload does nothing: {reason}")
 
     def prepare(self, noise_shape: tuple[int, ...]) -> None:
         """Before ComfyUI loads the model: the cap to start with."""

@@ -228,8 +228,7 @@ def test_missing_private_names(env, monkeypatch, caplog):
         reason = "this ComfyUI has no partially_unload on its model patcher"
     with caplog.at_level(logging.INFO, "slipstream"):
         assert sample(patched, "wan").equal(full)
-    said = [record.message for record in caplog.records]
-    assert said.count(f"offload does nothing: {reason}") == 1
+    assert sum(reason in record.message for record in caplog.records) == 1
     assert report(patched)["offload"]["reason"] == reason
     assert resident_share(model) > 0.95
     with pytest.raises(OffloadError, match=reason):

@@ -16,7 +16,6 @@ from typing import Any
 import browser_home
 import browser_page
 import comfy_home
-import tiny
 from PIL import Image
 from tiny_prompts import on_tiny_models
 
@@ -25,23 +24,28 @@ comfy_home.in_process()
 
 import isolated_server  # noqa: E402
 import queue_client  # noqa: E402
+import svdquant_models  # noqa: E402
+import tiny  # noqa: E402
 
 WORKFLOWS = comfy_home.PACK_ROOT / "workflows"
 LAYOUTS = browser_home.FOLDER / "layouts"
 STEPS = 20  # of the run in the picture, unless the layout says "steps"
 PICTURE_SIZE = (1200, 1200)  # at most; the template browser shows squares
-FILE_INPUTS = {"unet_name", "clip_name", "clip_name1", "clip_name2", "vae_name"}
+FILE_INPUTS = {"model_name", "unet_name", "clip_name", "clip_name1", "clip_name2", "vae_name"}
 
 
 def write_models(folder: Path, twins: list[dict[str, Any]]) -> None:
     """The tiny models, and empty files under every name in `twins`: no node shows as broken."""
     for family in ("flux", "wan"):
         tiny.write(folder / "diffusion_models", family)
+    svdquant_models.write_tiny(folder / "diffusion_models")
     tiny.write_preview_vae(folder / "vae_approx", "taef1", latent_channels=16)
     inputs = [(n, v) for t in twins for node in t.values() for n, v in node["inputs"].items()]
     for name, value in inputs:
         if name in FILE_INPUTS:
-            place = {"unet_name": "diffusion_models", "vae_name": "vae"}.get(name, "text_encoders")
+            models = "diffusion_models"
+            places = {"unet_name": models, "model_name": models, "vae_name": "vae"}
+            place = places.get(name, "text_encoders")
             (folder / place).mkdir(parents=True, exist_ok=True)
             (folder / place / value).touch()
 

@@ -32,12 +32,14 @@ def comfy() -> Path:
 
 @pytest.fixture(scope="session")
 def models(comfy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A models folder: tiny Flux and Wan for UNETLoader, "taef1" for VAELoader."""
+    """A models folder: tiny Flux and Wan for UNETLoader, a 4-bit Flux, "taef1" for VAELoader."""
+    import svdquant_models
     import tiny
 
     folder = tmp_path_factory.mktemp("models")
     for family in MODEL_FILES:
         tiny.write(folder / "diffusion_models", family)
+    svdquant_models.write_tiny(folder / "diffusion_models")
     tiny.write_preview_vae(folder / "vae_approx", "taef1", latent_channels=16)
     return folder
 

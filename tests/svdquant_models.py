@@ -15,6 +15,14 @@ def write(path, family, dialect, *, precision="int4", rank=32, seed=0, hidden=No
     return writer.dense
 
 
+def write_tiny(folder):
+    """<folder>/tiny_flux_svdquant.safetensors, of the widths of tests/tiny.py's Flux."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "tiny_flux_svdquant.safetensors"
+    write(path, "flux", "nunchaku-1", depth=2, single=3, context=768, vec=768)
+    return path
+
+
 # ---- FLUX.1 ----
 STREAMS = (
     # ours, N1 suffix, q/k/v in diffusers, out, feed-forward, norm, N1 feed-forward

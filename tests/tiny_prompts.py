@@ -9,7 +9,12 @@ from typing import Any
 
 Prompt = dict[str, dict[str, Any]]
 
-MODELS = {"flux1-dev.safetensors": "flux", "wan2.1_t2v_1.3B_fp16.safetensors": "wan"}
+MODELS = {
+    "flux1-dev.safetensors": "flux",
+    "wan2.1_t2v_1.3B_fp16.safetensors": "wan",
+    "wan2.1_t2v_14B_fp8_scaled.safetensors": "wan",
+    "svdq-int4_r32-flux.1-dev.safetensors": "flux_svdquant",
+}
 VAES = {"ae.safetensors": "taef1"}
 TEXT_ENCODERS = {"CLIPLoader", "DualCLIPLoader"}
 SIZES = {"width": 128, "height": 128, "length": 5}
@@ -22,6 +27,8 @@ def on_tiny_models(prompt: Prompt, *, seed: int, steps: int = 4) -> Prompt:
         kind, inputs = node["class_type"], node["inputs"]
         if kind == "UNETLoader":
             inputs["unet_name"] = f"tiny_{MODELS[inputs['unet_name']]}.safetensors"
+        elif kind.startswith("SlipstreamSVDQuant") and "model_name" in inputs:
+            inputs["model_name"] = f"tiny_{MODELS[inputs['model_name']]}.safetensors"
         elif kind == "CLIPTextEncode":
             node["class_type"] = "SlipstreamTestConditioning"
             node["inputs"] = {"tokens": 8, "dim": 768, "seed": int(node_id)}

@@ -12,7 +12,7 @@ import torch
 from .. import run
 from .assemble import assemble
 from .config import SVDQuantConfig
-from .dialects import DIALECTS, Checkpoint, detect
+from .dialects import Checkpoint, detect
 from .engine import Engine, request_of
 from .errors import CheckpointError
 from .header import read_header
@@ -106,7 +106,7 @@ def technique_of(
     for name, module in layers.items():
         module.layer_name = name.removeprefix("diffusion_model.")
     loaded = Loaded(
-        title=f"{checkpoint.family.title} ({DIALECTS[checkpoint.dialect]})",
+        title=checkpoint.family.title,
         family=checkpoint.family.id,
         dialect=checkpoint.dialect,
         weight_bytes=weight_bytes,

@@ -12,6 +12,7 @@ from .dialects import DIALECTS, Checkpoint
 from .engine import Engine
 from .kernels import KERNELS, Kernel, LayerRequest
 from .segments import unsigned_by_topology
+from .technique import size_text
 
 _NAME = re.compile(r"svdq-(int4|fp4)_r(\d+)-")
 _DTYPES = {"BF16": "bfloat16", "F16": "float16"}
@@ -27,10 +28,10 @@ def inspect_text(checkpoint: Checkpoint, device: torch.device) -> str:
     ranks = ", ".join(map(str, checkpoint.ranks))
     shown = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
     lines = [
-        f"{checkpoint.header.path.name}: {total / 1e9:.2f} GB",
+        f"{checkpoint.header.path.name}: {size_text(total)}",
         f"Family: {checkpoint.family.title}. Dialect: {DIALECTS[checkpoint.dialect]}.",
         f"Precision: {checkpoint.precision}, rank {ranks}, 16-bit parts {checkpoint.dtype}.",
-        f"Quantised layers: {len(layers)} ({shown}), {quantised / 1e9:.2f} GB; "
+        f"Quantised layers: {len(layers)} ({shown}), {size_text(quantised)}; "
         f"other tensors: {len(checkpoint.dense)}.",
         *doubts(checkpoint),
         f"Backends on {_device_name(device)}:",

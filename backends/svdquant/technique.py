@@ -81,8 +81,8 @@ class SVDQuantState:
     def lines(self, counts: Counter[str]) -> tuple[str, ...]:
         ran = ", ".join(f"{count} {kernel}" for kernel, count in counts.most_common())
         head = (
-            f"SVDQuant {self.loaded.title}: {len(self.loaded.keys)} 4-bit layers "
-            f"({ran or 'none ran'}), {self.loaded.weight_bytes / 1e9:.2f} GB"
+            f"SVDQuant: {self.loaded.title}, {len(self.loaded.keys)} 4-bit layers "
+            f"({ran or 'none ran'}), {size_text(self.loaded.weight_bytes)}"
         )
         if self.num_lora:
             head += f", LoRA on {self.num_lora}"
@@ -92,6 +92,11 @@ class SVDQuantState:
         self.session.clear()
         if self.engine.session is self.session:
             self.engine.session = self.outer
+
+
+def size_text(num_bytes: int) -> str:
+    """Bytes as GB or MB."""
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
 
 
 def refusal(kind: str, keys: list[str]) -> str:

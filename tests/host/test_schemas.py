@@ -15,7 +15,7 @@ from pack_nodes import node_ids
 FROZEN = json.loads((PACK_ROOT / "tests" / "unit" / "node_ids.json").read_text())
 CATEGORIES = {"model/patch/slipstream", "model/loaders/slipstream"}
 NODE_IDS = node_ids()
-SOCKETS = {"MODEL", "LATENT", "CONDITIONING", "CLIP", "VAE", "IMAGE"}
+SOCKETS = {"MODEL", "LATENT", "CONDITIONING", "CLIP", "VAE", "IMAGE", "*"}
 
 
 @pytest.fixture(scope="session")

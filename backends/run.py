@@ -213,7 +213,7 @@ class Run:
         for state in self.states.values():
             try:
                 state.close()
-            except Exception as error:  # re-raised below, when all the others are closed
+            except Exception as error:  # noqa: BLE001 - raised below, all others closed
                 errors.append(error)
         self.states.clear()
         self.patcher = None

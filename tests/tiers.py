@@ -127,7 +127,7 @@ def lint(rest: Sequence[str]) -> Outcome:
         packages = ["-p", "slipstream.backends", "-p", "slipstream.parallel"]
         packages = packages if any((ROOT / "parallel").glob("*.py")) else packages[:2]
         config = [f"--config-file={ROOT / 'pyproject.toml'}", f"--cache-dir={ROOT / '.mypy_cache'}"]
-        command = [python, "-m", "mypy", *config, *packages]
+        command = [python, "-m", "mypy", "--follow-imports=silent", *config, *packages]
         if subprocess.run(command, cwd=folder, env={**env, "MYPYPATH": folder}).returncode:
             complaints.append("mypy")
     if complaints:

@@ -163,7 +163,7 @@ def _travelling(run: Run) -> dict[str, dict[str, Any]] | str:
         technique: Any = attached_technique
         if name in run.disabled or name == NAME:
             continue
-        if name == "attention":
+        if name in ("attention", "offload"):  # every rank gets the same budget for its weights
             found[name] = config_fields(technique.config)
         elif name == "cache":
             strategy = technique.config.strategy

@@ -62,13 +62,18 @@ class LoadedModel:
     def __init__(self, patcher: Any):
         self.patcher = patcher
         self.network = host.diffusion_model(patcher)
+        self._has_budget = False  # at the latest load
 
     def begin(self, facts: CallFacts, decide: Callable[[Any, bool], bool]) -> WorkerRun:
         """A sampling run of rank 0, with the techniques it named."""
         patcher = self.patcher
         for name, fields in facts.techniques.items():
             patcher = _APPLY[name](patcher, fields, decide)
-        return WorkerRun(patcher, facts, attached(patcher))
+        run = WorkerRun(patcher, facts, attached(patcher))
+        had_budget, self._has_budget = self._has_budget, "offload" in facts.techniques
+        if had_budget or self._has_budget:
+            worker_host.load_again(patcher)
+        return run
 
 
 class LoadedModels:
@@ -135,7 +140,15 @@ def _cache(patcher: Any, fields: dict[str, Any], decide: Any) -> Any:
     return apply_cache(patcher, CacheConfig(**fields), decider=decide)
 
 
+def _offload(patcher: Any, fields: dict[str, Any], decide: Any) -> Any:
+    from ..backends.offload.apply import apply_offload
+    from ..backends.offload.config import OffloadConfig
+
+    return apply_offload(patcher, OffloadConfig.from_json(fields))
+
+
 _APPLY: dict[str, Callable[[Any, dict[str, Any], Any], Any]] = {
     "attention": _attention,
     "cache": _cache,
+    "offload": _offload,
 }

@@ -225,8 +225,11 @@ def run_limited(command: Sequence[str], cwd: Path, env: dict[str, str]) -> tuple
         except subprocess.TimeoutExpired:
             process.kill()
         code = None
-    except KeyboardInterrupt:
-        process.wait()
+    except KeyboardInterrupt:  # the terminal sent it to pytest too, which now stops its servers
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
         raise
     return code, time.monotonic() - started
 

@@ -275,6 +275,14 @@ def patched(patcher: Any, patches: dict[str, list[Any]], version: Any) -> Any:
     return clone
 
 
+def load_again(patcher: Any) -> None:
+    """Load a MODEL under what it allows now: a budget for its weights, or none any more."""
+    import comfy.model_management as management
+
+    with torch.inference_mode():
+        management.load_models_gpu([patcher])
+
+
 def unload_models() -> None:
     """Give back the memory of all models of this process."""
     import comfy.model_management as management

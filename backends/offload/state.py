@@ -46,6 +46,7 @@ class OffloadState:
             self.outcome.no_prefetch = why_no_prefetch(run.patcher, config)
             can_prefetch = self.outcome.no_prefetch is None
             self._tuner = Tuner(run.patcher, config, self._units, can_prefetch=can_prefetch)
+            self._put_on_patcher(self._tuner.setting)
 
     def prepare(self, noise_shape: tuple[int, ...]) -> None:
         """Before ComfyUI loads the model: the cap to start with."""

@@ -14,6 +14,8 @@ from slipstream.backends.cache.config import CacheConfig
 from slipstream.backends.offload import budget, host
 from slipstream.backends.offload.apply import apply_offload
 from slipstream.backends.offload.config import GIB, OffloadConfig, OffloadError
+from slipstream.parallel.runs import CallFacts, config_fields
+from slipstream.parallel.worker import LoadedModel
 
 STEPS = 6  # enough to measure, plan and judge
 
@@ -258,6 +260,27 @@ def test_classic_clone_of_a_dynamic_model_keeps_the_cap(env):
     assert isinstance(clone, budget.BudgetMixin)
     assert sample(clone, "wan").equal(full)
     assert resident_share(clone) <= 0.3
+
+
+def test_every_worker_gets_the_same_budget(env):
+    """What rank 0 sends, on a worker: its own model is loaded under it, and without it again."""
+    model = load("wan")
+    gib = 0.3 * host.weight_bytes(model) / GIB
+    config = OffloadConfig(mode="manual", vram_budget_gb=gib, prefetch=-1)
+    facts = CallFacts(
+        run=1, sigmas=(1.0, 0.0), techniques={"offload": config_fields(config)}, index=0, step=0,
+        evaluation=0, sigma=1.0, uuids=(), occurrence=0, window=None, cond_or_uncond=(0,),
+    )  # fmt: skip
+    on_worker = LoadedModel(model)
+    run = on_worker.begin(facts, lambda call, reuse: reuse)
+    assert budget.config_of(run.patcher) == config
+    assert resident_share(run.patcher) <= 0.3
+    run.close()
+    run = on_worker.begin(replace(facts, techniques={}), lambda call, reuse: reuse)
+    if env.manager == "classic":  # dynamic fills when the blocks run
+        assert resident_share(run.patcher) > 0.95
+    assert budget.resident_cap(run.patcher) is None
+    run.close()
 
 
 def test_lora_in_memory_mode(env):

@@ -1,0 +1,30 @@
+"""ComfyUI in this process, for the measurements that need its loaders and its sampler.
+
+use_comfyui() comes before anything that imports comfy: device and attention function are picked
+at that import. The checkout is only read.
+"""
+
+import sys
+from pathlib import Path
+
+from .setup_env import SetupError, find_comfyui
+
+NOT_FOUND = (
+    "ComfyUI not found: set COMFYUI_PATH to a ComfyUI checkout (0.33 or newer) "
+    "or install one with comfy-cli, whose default place is ~/comfy/ComfyUI"
+)
+
+
+def use_comfyui(*, cpu: bool = True) -> Path:
+    """Make `import comfy` work; its root. Raises SetupError without a ComfyUI."""
+    root = find_comfyui()
+    if root is None:
+        raise SetupError(NOT_FOUND)
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+    from comfy.cli_args import args
+
+    if cpu:
+        args.cpu = True
+        args.use_pytorch_cross_attention = True  # the CPU's default is sub-quadratic, not SDPA
+    return root

@@ -1,0 +1,79 @@
+"""Paired timings: sides take turns in one process, and a ratio is a median of paired ratios.
+
+What the machine does beside us changes over seconds, so a side is compared only to the baseline of
+the same round. The baseline runs twice in a round: its ratio to itself is the noise, and a ratio
+inside the noise is reported as such. Ratios are baseline time over side time: above 1 is faster.
+"""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+BASELINE, AGAIN = "plain", "plain again"
+FASTER, SLOWER, NOISE = "faster", "slower", "within noise"
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Median and quartiles of paired ratios."""
+
+    median: float
+    low: float
+    high: float
+    num_pairs: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {key: round(value, 4) for key, value in asdict(self).items()}
+
+
+def take_turns(
+    sides: Mapping[str, Callable[[int], float]],
+    num_rounds: int,
+    *,
+    on_run: Callable[[], None] = lambda: None,
+) -> dict[str, list[float]]:
+    """Seconds of each side, round by round; every second round runs the sides backwards.
+
+    sides: name -> what runs it once, given the round's number, and returns its seconds. Ctrl-C
+    ends the rounds early: the rounds that are complete are returned.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    try:
+        for number in range(num_rounds):
+            names = list(sides) if number % 2 == 0 else list(reversed(sides))
+            found = {}
+            for name in names:
+                found[name] = sides[name](number)
+                on_run()
+            for name, value in found.items():
+                seconds[name].append(value)
+    except KeyboardInterrupt:
+        if not any(seconds.values()):
+            raise
+    return seconds
+
+
+def ratio(baseline: Sequence[float], side: Sequence[float]) -> Ratio:
+    """How many times as fast the side is. Raises ValueError without a complete pair."""
+    pairs = [a / b for a, b in zip(baseline, side, strict=True)]
+    if not pairs:
+        raise ValueError("no round was completed: nothing can be compared")
+    median = statistics.median(pairs)
+    if len(pairs) < 2:
+        return Ratio(median, median, median, 1)
+    low, _, high = statistics.quantiles(pairs, n=4, method="inclusive")
+    return Ratio(median, low, high, len(pairs))
+
+
+def noise_band(again: Ratio) -> tuple[float, float]:
+    """(low, high): quartiles of the baseline against itself, made to lie on both sides of 1."""
+    reach = max(1 - again.low, again.high - 1, 0.0)
+    return 1 - reach, 1 + reach
+
+
+def verdict(median: float, band: tuple[float, float]) -> str:
+    """The sentence's last word: faster, slower or within noise."""
+    if band[0] <= median <= band[1]:
+        return NOISE
+    return FASTER if median > 1 else SLOWER

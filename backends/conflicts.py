@@ -55,6 +55,24 @@ CONFLICTS: tuple[Conflict, ...] = (
         "torch.compile.",
     ),
     Conflict(
+        "offload",
+        "distorch2",
+        "DisTorch2 (ComfyUI-MultiGPU) places this model's weights itself: use its settings and "
+        "remove Slipstream Layer Offload, or load the model with a core loader.",
+    ),
+    Conflict(
+        "offload",
+        "nunchaku_pack",
+        "ComfyUI-nunchaku moves the weights of its models itself: use its loader's cpu_offload "
+        "and remove Slipstream Layer Offload, or load the file with Slipstream SVDQuant Loader.",
+    ),
+    Conflict(
+        "offload",
+        "fsdp",
+        "The weights of this model are sharded over devices (FSDP): remove Slipstream Layer "
+        "Offload.",
+    ),
+    Conflict(
         "parallel",
         "multigpu_cfg_split",
         "MultiGPU CFG Split is already on this model. Remove it, or set workers to 1.",

@@ -71,8 +71,23 @@ def features(patcher: Any) -> set[str]:
             found.add("other_cache")
     if getattr(patcher, "additional_models", {}).get("multigpu"):
         found.add("multigpu_cfg_split")
+    found |= _own_memory_features(patcher)
     if hasattr(patcher, "slipstream_features"):  # a patcher of ours that knows more
         found |= patcher.slipstream_features()
+    return found
+
+
+def _own_memory_features(patcher: Any) -> set[str]:
+    """Features of other packs that place or move this MODEL's weights themselves."""
+    model = getattr(patcher, "model", None)
+    network_class = type(getattr(model, "diffusion_model", None))
+    found = set()
+    if hasattr(model, "_distorch_v2_meta"):  # ComfyUI-MultiGPU, on the models it distributes
+        found.add("distorch2")
+    if "nunchaku" in network_class.__module__.lower():
+        found.add("nunchaku_pack")
+    if {"FSDPModule", "FullyShardedDataParallel"} & {c.__name__ for c in network_class.__mro__}:
+        found.add("fsdp")
     return found
 
 

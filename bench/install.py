@@ -6,6 +6,7 @@ Whatever cannot be made is a SetupError with the last thing that pip or comfy-cl
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -137,15 +138,29 @@ def _run(command: Sequence[str], log: Path, environment: Mapping[str, str] | Non
     env = {**clean_env(), **(environment or {})}
     with log.open("w", encoding="utf-8") as file:
         try:
-            done = subprocess.run(
-                command, env=env, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT
+            process = subprocess.Popen(
+                command,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
         except OSError as error:
             return str(error)
-    if done.returncode == 0:
+        try:
+            code = process.wait()
+        except BaseException:  # Ctrl-C: end what it started too
+            if os.name == "nt":
+                process.kill()
+            else:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            raise
+    if code == 0:
         return ""
     lines = [line.strip(" │╭╰─╮╯") for line in log.read_text(errors="replace").splitlines()]
     lines = [line for line in lines if line]
     errors = [line for line in lines if line.lower().startswith(("error", "fatal"))]
-    said = (errors or lines or [f"exit code {done.returncode}"])[-1]
+    said = (errors or lines or [f"exit code {code}"])[-1]
     return f"{said} (all of it: {log})"

@@ -1,0 +1,82 @@
+"""SlipstreamLayerOffload through a real server's queue: on a CPU it changes nothing and says so."""
+
+import json
+
+import pytest
+import queue_client
+from smoke_prompt import digest, flux_prompt
+
+CPU_REASON = "the model runs on the CPU: there is no VRAM to budget"
+
+
+def with_offload(prompt, **widgets):
+    """The smoke prompt with our node before the sampler and the report behind it."""
+    settings = {"mode": "auto", "vram_budget_gb": 0.0, **widgets}
+    prompt["offload"] = {
+        "class_type": "SlipstreamLayerOffload",
+        "inputs": {"model": ["model", 0], **settings},
+    }
+    prompt["sampler"]["inputs"]["model"] = ["offload", 0]
+    prompt["report"] = {
+        "class_type": "SlipstreamReport",
+        "inputs": {"latent": ["sampler", 0], "model": ["offload", 0]},
+    }
+    prompt["json"] = {"class_type": "PreviewAny", "inputs": {"source": ["report", 3]}}
+    prompt["digest"]["inputs"]["samples"] = ["report", 0]
+    return prompt
+
+
+def report(result):
+    return json.loads(result.outputs["json"]["text"][0])
+
+
+def test_plain_then_with_the_node_then_plain_again(server):
+    plain = digest(queue_client.run(server, flux_prompt(seed=601)))
+    noded = queue_client.run(server, with_offload(flux_prompt(seed=601), mode="memory"))
+    assert digest(noded) == plain
+    assert report(noded)["offload"]["mode"] == "memory"
+    assert report(noded)["offload"]["reason"] == CPU_REASON
+    assert f"offload: nothing done, {CPU_REASON}" in noded.outputs["report"]["text"][0]
+    again = queue_client.run(server, flux_prompt(seed=601, steps=2))
+    assert digest(again) == plain
+
+
+def test_memory_of_every_model_with_two_seeds(server):
+    for seed in (611, 612):
+        result = queue_client.run(server, with_offload(flux_prompt(seed=seed)))
+        memory = report(result)["memory"]
+        assert memory["device"] == "cpu"
+        assert memory["peak_bytes"] is None
+        assert "Flux" in {model["name"] for model in memory["models"]}
+        assert all(model["total_bytes"] > 0 for model in memory["models"])
+    assert "offload" in result.cached
+
+
+def test_prefetch_may_be_left_out_or_given(server):
+    for seed, widgets in ((621, {}), (622, {"prefetch": 0.25}), (623, {"prefetch": -1.0})):
+        result = queue_client.run(server, with_offload(flux_prompt(seed=seed), **widgets))
+        assert report(result)["offload"]["mode"] == "auto"
+
+
+@pytest.mark.parametrize(
+    ("widgets", "sentence"),
+    [
+        ({"mode": "manual"}, "mode manual needs vram_budget_gb above 0"),
+        ({"mode": "manual", "vram_budget_gb": 4.0}, f"mode manual: {CPU_REASON}"),
+        ({"prefetch": 1.5}, "it must be -1, a fraction below 1, or a whole number"),
+        ({"prefetch": -0.5}, "prefetch is -0.5"),
+    ],
+)
+def test_mistakes_are_one_sentence(server, widgets, sentence):
+    prompt = with_offload(flux_prompt(seed=631), **widgets)
+    with pytest.raises(queue_client.PromptFailed) as caught:
+        queue_client.run(server, prompt)
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "widgets", [{"mode": "fast"}, {"vram_budget_gb": -1.0}, {"vram_budget_gb": 1000.0}]
+)
+def test_values_out_of_range_are_rejected(server, widgets):
+    with pytest.raises(queue_client.PromptRejected):
+        queue_client.run(server, with_offload(flux_prompt(seed=641), **widgets))

@@ -146,7 +146,7 @@ class Run:
     def start(self) -> None:
         """Check conflicts, then start every technique in the order it was attached."""
         conflicts.check(self._techniques.keys() | host.features(self.patcher))
-        self.memory = MemoryWatch(self)
+        self.memory = MemoryWatch(self.patcher, is_first=self.id == 1)
         for name in self.disabled:
             self.note(f"{name} is off: SLIPSTREAM_DISABLE names it")
         for name, technique in self._techniques.items():

@@ -4,25 +4,22 @@ Stages: load (until the first model call), sampling (until the run ends), and de
 between the run before and this one, so its decode and the text encoding. Holds numbers only.
 """
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from ..report import Section
 from . import device, host
 from .memory import MemoryUse, merged, section
 
-if TYPE_CHECKING:
-    from ..run import Run
-
 
 class MemoryWatch:
-    """The memory section of one run."""
+    """The memory section of one run of `patcher`. is_first: no run came before in this process."""
 
-    def __init__(self, run: "Run"):
-        self._patcher = run.patcher
-        self._device = run.patcher.load_device
-        self._before = host.loaded_models(run.patcher)
+    def __init__(self, patcher: Any, *, is_first: bool):
+        self._patcher = patcher
+        self._device = patcher.load_device
+        self._before = host.loaded_models(patcher)
         self._stages: dict[str, int | None] = {"load": None, "sampling": None, "decode": None}
-        if run.id > 1:
+        if not is_first:
             self._stages["decode"] = device.used_peak(self._device)
         device.reset_peak(self._device)
 

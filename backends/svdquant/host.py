@@ -23,6 +23,7 @@ from .measure import measured_order
 from .technique import Loaded, SVDQuantTechnique
 from .weight import QuantWeight
 
+RELOADABLE = ("load_svdquant",)  # what a worker process may call
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FILE_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
 

@@ -27,7 +27,7 @@ class Nunchaku:
             return f"nunchaku is not installed (wheels: {_HOME})"
         folders = spec.submodule_search_locations or []
         # PyPI's package of this name does statistics: it is recognised without importing it
-        if not any(Path(folder).glob("_C.*") for folder in folders):
+        if not any(True for folder in folders for _ in Path(folder).glob("_C.*")):
             return (
                 "The installed `nunchaku` is the unrelated PyPI package (no nunchaku._C.ops): "
                 f"pip uninstall nunchaku, then a wheel from {_HOME}"

@@ -1,0 +1,191 @@
+"""Backends: impostors and broken packages, choosing by measurement, what Inspect says."""
+
+import sys
+import types
+
+import pytest
+import svdquant_models
+import torch
+from slipstream.backends.svdquant import kernels
+from slipstream.backends.svdquant.dialects import detect
+from slipstream.backends.svdquant.engine import Engine
+from slipstream.backends.svdquant.header import read_header
+from slipstream.backends.svdquant.inspection import inspect_text, requests, verdict
+from slipstream.backends.svdquant.kernels import Dequant, Kitchen, Nunchaku, Reference
+from slipstream.backends.svdquant.measure import fastest
+from slipstream.backends.svdquant.quantize import quantise
+from slipstream.backends.svdquant.segments import unsigned_by_topology
+from slipstream.backends.svdquant.weight import Facts, Segment
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def packages(tmp_path, monkeypatch):
+    """A folder for fake packages, in front of everything that is installed."""
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "nunchaku" not in sys.modules
+    yield tmp_path
+    for name in [n for n in sys.modules if n.split(".")[0] == "nunchaku"]:
+        del sys.modules[name]
+
+
+def package(folder, name, text, extra=()):
+    (folder / name).mkdir()
+    (folder / name / "__init__.py").write_text(text)
+    for file in extra:
+        (folder / name / file).write_text("")
+
+
+def test_pypis_nunchaku_is_recognised_and_not_imported(packages):
+    package(packages, "nunchaku", "raise RuntimeError('imported')", ("stats.py",))
+    reason = Nunchaku().available()
+    assert reason is not None
+    assert "unrelated PyPI package (no nunchaku._C.ops)" in reason
+    assert "nunchaku" not in sys.modules
+
+
+def test_a_broken_nunchaku_is_a_reason(packages):
+    package(packages, "nunchaku", "raise OSError('libcudart.so.12: not found')", ("_C.abi3.so",))
+    reason = Nunchaku().available()
+    assert "nunchaku cannot be imported (libcudart.so.12: not found)" in reason
+
+
+def test_no_nunchaku(packages, monkeypatch):
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert Nunchaku().available().startswith("nunchaku is not installed")
+
+
+def test_an_old_comfy_kitchen_is_named(monkeypatch):
+    old = types.ModuleType("comfy_kitchen")
+    old.__version__ = "0.1.9"
+    monkeypatch.setitem(sys.modules, "comfy_kitchen", old)
+    assert "comfy-kitchen 0.1.9 lacks quantize_svdquant_w4a4" in Kitchen().available()
+    monkeypatch.setitem(sys.modules, "comfy_kitchen", None)
+    assert "comfy-kitchen cannot be imported" in Kitchen().available()
+
+
+class Fake:
+    """A kernel with a given result and, by `order`, a given speed."""
+
+    def __init__(self, name, result=None, error=None):
+        self.id, self.result, self.error = name, result, error
+
+    def available(self):
+        return None
+
+    def ineligible(self, request):
+        return None
+
+    def run(self, x, segment, *, bias=None, extra=None, share=None):
+        if self.error is not None:
+            raise self.error
+        return self.result(Dequant().run(x, segment)) if self.result else Dequant().run(x, segment)
+
+
+def segment():
+    q = quantise(torch.randn(128, 128) * 0.05, rank=16)
+    from slipstream.backends.svdquant.layouts import plain_from_codes
+
+    facts = Facts("int4", 0, 128, 0, 128)
+    scale = q.codes.scale.t().contiguous()
+    return Segment(facts, plain_from_codes(q.codes.codes), scale, q.smooth, q.down, q.up)
+
+
+def test_the_fastest_right_kernel_is_taken():
+    one = segment()
+    x = torch.randn(8, 128).bfloat16()
+    fakes = [
+        Fake("kitchen"),
+        Fake("dequant"),
+        Fake("wrong", result=lambda y: y * 2),
+        Fake("nan", result=lambda y: y * float("nan")),
+        Fake("broken", error=RuntimeError("no kernel image")),
+    ]
+    speeds = iter([3.0, 2.0])  # kitchen, dequant; the others are never timed
+    reasons = {}
+    assert fastest(fakes, x, one, reasons, lambda call: next(speeds)) == ("dequant", "kitchen")
+    assert "slower here" in reasons["kitchen"]
+    assert "relative error 1.00" in reasons["wrong"]
+    assert "wrong" in reasons["nan"]
+    assert reasons["broken"] == "failed on this GPU: no kernel image"
+    engine = Engine("auto", order={"int4": ("dequant", "kitchen")})
+    assert engine.kernel(one, x).id == "dequant"
+
+
+def test_four_bit_kernels_pass_the_check():
+    """The accuracy check must not refuse what it is for."""
+    pytest.importorskip("comfy_kitchen")
+    one, x, reasons = segment(), torch.randn(64, 128).bfloat16(), {}
+    order = fastest([Kitchen(), Dequant(), Reference()], x, one, reasons, lambda call: 1.0)
+    assert set(order) == {"kitchen", "dequant", "reference"}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("inspect") / "svdq-fp4_r128-tiny.safetensors"
+    svdquant_models.write(path, "flux", "nunchaku-1", single=1)
+    return detect(read_header(path))
+
+
+def test_inspect_text(checkpoint):
+    pytest.importorskip("comfy_kitchen")
+    text = inspect_text(checkpoint, CPU)
+    assert "svdq-fp4_r128-tiny.safetensors: 1.2 MB" in text
+    assert "Family: FLUX.1. Dialect: Nunchaku (lora_down, smooth)." in text
+    assert "Precision: int4, rank 32, 16-bit parts BF16." in text
+    assert "Quantised layers: 15 (3 awq, 12 int4)" in text
+    assert "Doubt: the file's name says nvfp4, rank 128." in text
+    assert "kitchen: yes" in text
+    assert "nunchaku: no (" in text
+    assert "dequant: yes" in text
+    assert "auto picks kitchen" in text
+
+
+def test_verdicts_follow_the_device(checkpoint, monkeypatch):
+    from dataclasses import replace
+
+    from slipstream.backends.svdquant import inspection
+
+    asked = requests(checkpoint, CPU)
+    assert {r.unsigned for r in asked if r.precision == "int4"} == {True, False}
+
+    def on(**changes):
+        moved = [replace(r, device_type="cuda", **changes) for r in asked]
+        monkeypatch.setattr(inspection, "requests", lambda *_: moved)
+
+    monkeypatch.setattr(Nunchaku, "available", lambda self: None)
+    on(capability=(9, 0))
+    assert "no (nunchaku has no SM90 kernels" in verdict(Nunchaku(), checkpoint, CPU)
+    on(capability=(8, 9))
+    assert verdict(Nunchaku(), checkpoint, CPU).startswith("for ")
+    on(capability=(7, 5))
+    if Kitchen().available() is None:
+        assert "SM75" in verdict(Kitchen(), checkpoint, CPU)
+    assert verdict(Dequant(), checkpoint, CPU) == "yes"
+
+
+def test_topology_of_unsigned_layers(checkpoint, tmp_path):
+    unsigned = {n for n, flag in unsigned_by_topology(checkpoint).items() if flag}
+    assert unsigned == {
+        "transformer_blocks.0.ff.net.2",
+        "transformer_blocks.0.ff_context.net.2",
+        "single_transformer_blocks.0.mlp_fc2",
+    }
+    for family, dialect, precision, number in (
+        ("qwen-image", "nunchaku-2", "int4", 2),
+        ("qwen-image", "nunchaku-2", "nvfp4", 0),
+        ("qwen-image", "nunchaku-lite", "int4", 0),
+        ("qwen-image", "comfy-kitchen", "int4", 2),
+        ("z-image", "nunchaku-2", "int4", 0),
+    ):
+        path = tmp_path / f"{family}{dialect}{precision}.safetensors"
+        svdquant_models.write(path, family, dialect, precision=precision)
+        flags = unsigned_by_topology(detect(read_header(path)))
+        assert sum(flags.values()) == number, (family, dialect, precision)
+
+
+def test_every_backend_has_one_id():
+    assert [k.id for k in kernels.KERNELS] == ["kitchen", "nunchaku", "dequant", "reference"]

@@ -17,8 +17,8 @@ import pytest
 HERE = Path(__file__).resolve().parents[1]
 FAKEDEV = HERE / "fakedev"
 FILES = {
-    "classic": ("checks_both.py", "checks_modes.py", "checks_classic.py"),
-    "dynamic": ("checks_both.py", "checks_modes.py", "checks_dynamic.py"),
+    "classic": ("checks_both.py", "checks_modes.py", "checks_bench.py", "checks_classic.py"),
+    "dynamic": ("checks_both.py", "checks_modes.py", "checks_bench.py", "checks_dynamic.py"),
 }
 
 

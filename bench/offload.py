@@ -1,0 +1,101 @@
+"""A VRAM budget on this GPU: caps, step times, overlap, equal bits, plan error, memory over runs.
+
+    python bench offload [--models wan flux qwen] [--managers dynamic classic] [--out FOLDER]
+
+Random weights of full width, ComfyUI's own loader and sampler, one process per model and memory
+management. Needs a CUDA GPU and, for Flux, 40 GB of RAM. docs/offload.md says how to read it.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+MODELS = ("wan", "flux", "qwen")
+MANAGERS = ("dynamic", "classic")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
+    parser.add_argument("--managers", nargs="+", choices=MANAGERS, default=MANAGERS)
+    parser.add_argument("--out", type=Path, help="write offload.json into this folder")
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps(child(*options.child)))
+        return 0
+    pairs = [(model, manager) for model in options.models for manager in options.managers]
+    found = [measure(model, manager) for model, manager in pairs]
+    for one in found:
+        print("\n".join(lines(one)))
+    if options.out is not None:
+        from .environment import environment
+
+        command = "python bench offload --out docs/benchmarks"
+        result = {"command": command, "environment": environment(), "models": found}
+        (options.out / "offload.json").write_text(json.dumps(result, indent=2) + "\n")
+    return 0 if all("error" not in one for one in found) else 1
+
+
+def measure(model: str, manager: str) -> dict[str, Any]:
+    """One child process; its result, or the end of what it said."""
+    command = [sys.executable, str(Path(__file__).parent), "offload", "--child", model, manager]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return {"model": model, "manager": manager, "error": done.stderr.strip()[-800:]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def child(model: str, manager: str) -> dict[str, Any]:
+    """Measure one model here. comfy-aimdo has to come before torch, so nothing above imports it."""
+    from .setup_env import SetupError, find_comfyui
+
+    root = find_comfyui()
+    if root is None:
+        raise SetupError("ComfyUI not found: set COMFYUI_PATH to a ComfyUI checkout")
+    sys.path.insert(0, str(root))
+    import comfy.options  # type: ignore[import-not-found]
+
+    comfy.options.enable_args_parsing(False)
+    if manager == "dynamic":
+        import comfy_aimdo.control as control  # type: ignore[import-not-found]
+
+        control.init()
+    import torch
+
+    if not torch.cuda.is_available():
+        raise SetupError("bench offload needs a CUDA GPU: torch sees none")
+    from . import offload_models, offload_steps
+
+    case = offload_models.make(model)
+    if manager == "dynamic":
+        offload_models.turn_dynamic_on()
+    return {"model": model, "manager": manager, **offload_steps.measure(case)}
+
+
+def lines(found: dict[str, Any]) -> list[str]:
+    """What a person reads of one result."""
+    head = f"{found['model']}, {found['manager']} memory management"
+    if "error" in found:
+        return [head, f"  failed: {found['error']}"]
+    pinned, pageable = (rate / 1e9 for rate in found["copy_rates"])
+    out = [head, f"  copies {pinned:.1f} GB/s pinned, {pageable:.1f} GB/s pageable"]
+    for cap in found["caps"]:
+        out.append(
+            f"  budget {cap['share']:.0%}: {cap['resident_bytes'] / 1e9:.2f} GB resident, "
+            f"device {cap['excess_bytes'] / 1e6:+.0f} MB against the budget"
+        )
+    for one in found["times"]:
+        out.append(
+            f"  {one['size']}: resident {one['resident']:.3f} s, streamed by ComfyUI "
+            f"{one['core']:.3f}, with prefetch {one['prefetch']:.3f}, "
+            f"{one['overlap']:.0%} of the copies hidden"
+        )
+    out.append(f"  equal bits: {found['equal_bits']}; with a cache: {found['equal_bits_cached']}")
+    plan = found["plan"]
+    out.append(f"  planned {plan['predicted']:.3f} s, measured {plan['measured']:.3f} s")
+    out.append(f"  growth over {found['flat']['runs']} runs: {found['flat']['growth_bytes']}")
+    return out

@@ -1,0 +1,128 @@
+"""Random-weight models of full width for `python bench offload`, and the sizes to sample."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A model and how to sample it.
+
+    load() -> a fresh ModelPatcher; sizes: name -> latent shape, small to large; conditioning() ->
+    CONDITIONING for that family.
+    """
+
+    load: Callable[[], Any]
+    sizes: dict[str, tuple[int, ...]]
+    conditioning: Callable[[], Any]
+    steps: int = 8
+
+
+def make(model: str) -> Case:
+    """wan (20 of 40 blocks), flux (all 57) or qwen (20 of 60 blocks), in bf16. Call it first:
+    with dynamic memory on ComfyUI makes networks without weights."""
+    network, sizes, text = {"wan": _wan, "flux": _flux, "qwen": _qwen}[model]()
+    weights = random_weights(network)
+
+    def load() -> Any:
+        import comfy.sd  # type: ignore[import-not-found]
+
+        return comfy.sd.load_diffusion_model_state_dict(dict(weights))
+
+    return Case(load=load, sizes=sizes, conditioning=text)
+
+
+def turn_dynamic_on() -> None:
+    """ComfyUI's dynamic memory management, as its main.py turns it on (0.33)."""
+    import comfy.memory_management
+    import comfy.model_management as management
+    import comfy.model_patcher
+    import comfy_aimdo.control as control  # type: ignore[import-not-found]
+
+    devices = [device.index for device in management.get_all_torch_devices()]
+    try:
+        ready = control.init_devices((index, 0) for index in devices)
+    except TypeError:  # comfy-aimdo 0.4.9
+        ready = control.init_devices(iter(devices))
+    if not ready:
+        raise RuntimeError("comfy-aimdo does not work here: measure with --managers classic")
+    comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
+    comfy.memory_management.aimdo_enabled = True
+
+
+def random_weights(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """bf16 weights of a network on the meta device, from one small random block, repeated."""
+    generator = torch.Generator().manual_seed(0)
+    some = (torch.randn(1 << 20, generator=generator) * 0.02).bfloat16()
+    weights = {}
+    for name, value in network.state_dict().items():
+        if value.ndim > 1:
+            count = value.numel()
+            weights[name] = some.repeat(-(-count // some.numel()))[:count].view(value.shape)
+        else:
+            is_scale = "norm" in name and name.endswith("weight")
+            weights[name] = torch.full(value.shape, 1.0 if is_scale else 0.0).bfloat16()
+    return weights
+
+
+def _common() -> dict[str, Any]:
+    import comfy.ops  # type: ignore[import-not-found]
+
+    return {"operations": comfy.ops.manual_cast, "device": "meta", "dtype": torch.bfloat16}
+
+
+def _text(*shape: int, **extra: Any) -> Callable[[], Any]:
+    def make_text() -> Any:
+        generator = torch.Generator().manual_seed(1)
+        return [[torch.randn(shape, generator=generator) * 0.1, dict(extra)]]
+
+    return make_text
+
+
+def _wan() -> tuple[torch.nn.Module, dict[str, tuple[int, ...]], Callable[[], Any]]:
+    from comfy.ldm.wan.model import WanModel  # type: ignore[import-not-found]
+
+    network = WanModel(
+        model_type="t2v", patch_size=(1, 2, 2), text_len=512, in_dim=16, dim=5120, ffn_dim=13824,
+        freq_dim=256, text_dim=4096, out_dim=16, num_heads=40, num_layers=20, **_common(),
+    )  # fmt: skip
+    sizes = {
+        "480p 1 frame": (1, 16, 1, 60, 104),
+        "480p 17 frames": (1, 16, 5, 60, 104),
+        "480p 49 frames": (1, 16, 13, 60, 104),
+    }
+    return network, sizes, _text(1, 512, 4096)
+
+
+def _flux() -> tuple[torch.nn.Module, dict[str, tuple[int, ...]], Callable[[], Any]]:
+    from comfy.ldm.flux.model import Flux  # type: ignore[import-not-found]
+
+    network = Flux(
+        image_model="flux", in_channels=16, out_channels=16, patch_size=2, vec_in_dim=768,
+        context_in_dim=4096, hidden_size=3072, mlp_ratio=4.0, num_heads=24, depth=19,
+        depth_single_blocks=38, axes_dim=[16, 56, 56], theta=10000, qkv_bias=True,
+        guidance_embed=True, txt_ids_dims=[], **_common(),
+    )  # fmt: skip
+    sizes = {
+        "512": (1, 16, 64, 64),
+        "1024": (1, 16, 128, 128),
+        "2048": (1, 16, 256, 256),
+    }
+    return network, sizes, _text(1, 512, 4096, pooled_output=torch.zeros(1, 768), guidance=3.5)
+
+
+def _qwen() -> tuple[torch.nn.Module, dict[str, tuple[int, ...]], Callable[[], Any]]:
+    from comfy.ldm.qwen_image.model import (  # type: ignore[import-not-found]
+        QwenImageTransformer2DModel,
+    )
+
+    network = QwenImageTransformer2DModel(num_layers=20, **_common())
+    sizes = {
+        "512": (1, 16, 1, 64, 64),
+        "1024": (1, 16, 1, 128, 128),
+        "1328": (1, 16, 1, 166, 166),
+    }
+    return network, sizes, _text(1, 256, 3584)

@@ -115,6 +115,11 @@ def obstacle(patcher: Any) -> str | None:
     return f"{' and '.join(names)} cannot travel to workers" if names else None
 
 
+def memory_required(patcher: Any, shape: Sequence[int]) -> int:
+    """Bytes that ComfyUI expects one model call on a latent of this shape to need."""
+    return int(patcher.memory_required(list(shape)))
+
+
 def raise_if_interrupted() -> None:
     """Raise what ComfyUI raises if the user has pressed Cancel."""
     import comfy.model_management as management
@@ -204,7 +209,9 @@ def load(wanted: Recipe, own_package: str) -> Any:
         module = importlib.import_module(wanted.module, own_package)
         if wanted.function not in getattr(module, "RELOADABLE", ()):
             raise ValueError(f"{wanted.module}.{wanted.function} is not a loader for workers")
-    elif wanted.module == "comfy.sd" and wanted.function in LOADERS:
+        found = getattr(module, wanted.function)(*wanted.arguments)  # it has a patcher of its own
+        return found if wanted.index is None else found[wanted.index]
+    if wanted.module == "comfy.sd" and wanted.function in LOADERS:
         module = importlib.import_module("comfy.sd")
     else:
         raise ValueError(f"{wanted.module}.{wanted.function} is not a loader for workers")
@@ -264,28 +271,24 @@ def adapter(name: str, keys: Sequence[str], weights: Any) -> Any:
 
 
 def patched(patcher: Any, patches: dict[str, list[Any]], version: Any) -> Any:
-    """A clone of `patcher` with these weight patches, ready on its device."""
-    import comfy.model_management as management
-
+    """A clone of `patcher` with these weight patches."""
     clone = patcher.clone()
     clone.patches = patches
     clone.patches_uuid = version
-    with torch.inference_mode():
-        management.load_models_gpu([clone], force_full_load=False)
     return clone
 
 
-def load_again(patcher: Any) -> None:
-    """Load a MODEL under what it allows now: a budget for its weights, or none any more."""
+def make_ready(patcher: Any, memory_bytes: int) -> None:
+    """Put the model on its device under its budget, memory_bytes left free for a model call."""
     import comfy.model_management as management
 
     with torch.inference_mode():
-        management.load_models_gpu([patcher])
+        management.load_models_gpu([patcher], memory_required=memory_bytes)
 
 
-def unload_models() -> None:
-    """Give back the memory of all models of this process."""
+def unload(patcher: Any) -> None:
+    """Give back the memory of a model and its clones."""
     import comfy.model_management as management
 
-    management.unload_all_models()
+    management.unload_model_and_clones(patcher)
     management.soft_empty_cache()

@@ -4,31 +4,28 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 
 from ..backends import host, worker_host
 from ..backends.architectures import find
-from ..backends.architectures.plans import find_plan
 from ..backends.architectures.tokens import TokenPlan
-from ..backends.cache.config import BLOCK_STRATEGIES
 from ..backends.run import Run, attach, attached, call_options, current
-from .bind import bind
 from .config import ParallelError, SequenceParallelConfig, choose_devices
 from .crew import Setting
 from .messages import Load
+from .model_facts import checked_plan, gpus_like, num_heads, plain_device, travelling
 from .network_call import NetworkCall
 from .payload import encode_patches
 from .pool import Model, Pool
 from .route import BRANCH, Baton, can_route, run_both
 from .run_state import ParallelRun, Shared
-from .runs import KEY, config_fields
+from .runs import KEY, NAME
 from .shards import PlanError
 from .wire import Unsupported, encode
 
-NAME = "parallel"
 OWN_PACKAGE = (__package__ or "").rpartition(".")[0]
 
 
@@ -51,16 +48,16 @@ class SequenceParallel:
         Raises ParallelError for settings that cannot be had here.
         """
         network = host.diffusion_model(run.patcher)
-        device = _plain(run.patcher.load_device)
-        devices = choose_devices(self.config, found=_gpus(device), own=str(device))
+        device = plain_device(run.patcher.load_device)
+        devices = choose_devices(self.config, found=gpus_like(device), own=str(device))
         if len(devices) == 1:
             if not self.config.workers and not self.config.device_names:
                 run.note("Sequence parallel found one device: it runs there as without the node")
             return ParallelRun(run, self.config, None, "one device")
-        plan = _plan(network)
+        plan = checked_plan(network)
         recipe = worker_host.recipe(run.patcher, OWN_PACKAGE)
         reason = plan if isinstance(plan, str) else worker_host.obstacle(run.patcher)
-        techniques = _travelling(run)
+        techniques = travelling(run)
         if reason is None and isinstance(techniques, str):
             reason = techniques
         if reason is None and isinstance(recipe, str):
@@ -83,10 +80,12 @@ class SequenceParallel:
             model=model,
             network=network,
             plan=plan,
-            num_heads=_num_heads(network, plan),
+            num_heads=num_heads(network, plan),
             techniques=techniques,
             meanwhile=worker_host.raise_if_interrupted,
+            memory_bytes=partial(worker_host.memory_required, run.patcher),
         )
+        shared.pool.follow(run.patcher.model, model.load.key)
         shared.pool.prepare(
             devices, shared.setting, model,
             meanwhile=shared.meanwhile, progress=worker_host.progress_bar(len(devices) - 1),
@@ -120,17 +119,6 @@ def apply_parallel(model: Any, config: SequenceParallelConfig) -> Any:
 # --- facts of a MODEL
 
 
-def _plan(network: torch.nn.Module) -> TokenPlan | str:
-    """The network's plan, checked against it, or the sentence that says why there is none."""
-    plan = find_plan(network)
-    if isinstance(plan, TokenPlan):
-        try:
-            bind(plan, network)
-        except PlanError as error:
-            return f"{error}. It runs on one device; this needs an update of the pack."
-    return plan
-
-
 def _model(patcher: Any, recipe: worker_host.Recipe) -> tuple[str | None, Any]:
     """(None, what workers need to have this MODEL), or (the reason why they cannot, None)."""
     try:
@@ -156,26 +144,6 @@ def _model(patcher: Any, recipe: worker_host.Recipe) -> tuple[str | None, Any]:
     return None, Model(load=load, version=version, patches=encoded)
 
 
-def _travelling(run: Run) -> dict[str, dict[str, Any]] | str:
-    """Techniques that work inside a call, with their settings, or why they cannot travel."""
-    found = {}
-    for name, attached_technique in attached(run.patcher).items():
-        technique: Any = attached_technique
-        if name in run.disabled or name == NAME:
-            continue
-        if name in ("attention", "offload"):  # every rank gets the same budget for its weights
-            found[name] = config_fields(technique.config)
-        elif name == "cache":
-            strategy = technique.config.strategy
-            if strategy == "pab":
-                return "cache strategy pab keeps attention outputs that ranks exchange"
-            if strategy in BLOCK_STRATEGIES or strategy == "auto":
-                found[name] = config_fields(technique.config)
-        else:
-            return f"{name} does not travel to workers yet: leave it out, or set workers to 1"
-    return found
-
-
 def _setting(config: SequenceParallelConfig, num_ranks: int) -> Setting:
     return Setting(
         comfyui=str(worker_host.comfyui_folder()),
@@ -184,30 +152,6 @@ def _setting(config: SequenceParallelConfig, num_ranks: int) -> Setting:
         timeout_s=config.timeout_s,
         idle_s=config.idle_s,
     )
-
-
-def _num_heads(network: torch.nn.Module, plan: TokenPlan) -> int | None:
-    found: Any = network
-    for part in plan.heads.split("."):
-        found = found[int(part)] if part.isdigit() else getattr(found, part, None)
-        if found is None:
-            return None
-    return found if isinstance(found, int) else None
-
-
-def _plain(device: torch.device) -> torch.device:
-    """cuda as cuda:0, cpu:0 as cpu."""
-    if device.type == "cpu":
-        return torch.device("cpu")
-    return torch.device(device.type, device.index or 0)
-
-
-def _gpus(own: torch.device) -> list[str]:
-    """GPUs of the same kind as `own`: mixed ones would wait for the slowest."""
-    if own.type != "cuda":
-        return []
-    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return [f"cuda:{i}" for i, name in enumerate(names) if name == names[own.index]]
 
 
 # --- hooks of ComfyUI

@@ -1,7 +1,9 @@
 """Whether sharing pays, from one shared call's times, its bytes and the measured link speed."""
 
+import time
 from dataclasses import dataclass
 
+from .comm import Clock
 from .mesh import Layout
 
 
@@ -56,3 +58,30 @@ def advice(measured: Measured, layout: Layout) -> str | None:
         f"{measured.tokens} tokens send {measured.bytes_sent / 1e6:.0f} MB a call at "
         f"{measured.link_bytes_per_s / 1e9:.1f} GB/s, which is {share:.0%} of its time"
     )
+
+
+class Meter:
+    """What a clock has counted since this object was made."""
+
+    def __init__(self, clock: Clock):
+        self._clock, self._started = clock, time.perf_counter()
+        self._seconds, self._bytes = clock.seconds(), clock.bytes_sent
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds by kind."""
+        return {k: v - self._seconds.get(k, 0.0) for k, v in self._clock.seconds().items()}
+
+    def bytes_sent(self) -> int:
+        return self._clock.bytes_sent - self._bytes
+
+    def measured(self, tokens: int, link_bytes_per_s: float) -> Measured:
+        """One call that began when this object was made and has ended now."""
+        spent = self.seconds()
+        return Measured(
+            total_s=time.perf_counter() - self._started,
+            exchange_s=spent.get("exchange", 0.0) + spent.get("gather", 0.0),
+            broadcast_s=spent.get("broadcast", 0.0),
+            bytes_sent=self.bytes_sent(),
+            tokens=tokens,
+            link_bytes_per_s=link_bytes_per_s,
+        )

@@ -1,11 +1,13 @@
 """One call of a network: its arguments by name, and which of them came by position."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .wire import Unsupported
+import torch
+
+from .wire import Unsupported, decode, encode
 
 OPTIONS = "transformer_options"
 
@@ -42,6 +44,44 @@ class NetworkCall:
             self,
             arguments=self.arguments if arguments is None else arguments,
             options=self.options if options is None else options,
+        )
+
+    def encode(
+        self, rebuilt: Sequence[str], *, dropped: Sequence[str]
+    ) -> tuple[Any, list[torch.Tensor]]:
+        """The call for the wire: [positional names, arguments, options], tensors beside.
+
+        rebuilt: arguments ("name.key") that the network makes itself when they are left out;
+        dropped: options that stay here, as do those of other nodes that cannot travel: a network
+        reads ComfyUI's own. An argument that cannot travel raises Unsupported.
+        """
+        tensors: list[torch.Tensor] = []
+        named = dict(self.arguments)
+        for path in rebuilt:
+            name, _, key = path.partition(".")
+            if isinstance(named.get(name), dict):
+                named[name] = {k: v for k, v in named[name].items() if k != key}
+        arguments = encode(named, tensors, "the call's ")
+        options = {}
+        for name, value in self.options.items():
+            if name in dropped or name.startswith("slipstream"):
+                continue
+            known = len(tensors)
+            try:
+                options[name] = encode(value, tensors, name)
+            except Unsupported:
+                del tensors[known:]
+        encoded = [list(self.positional), arguments, options]
+        return encoded, [t.contiguous() for t in tensors]
+
+    @staticmethod
+    def decode(found: Any, tensors: Sequence[torch.Tensor], device: torch.device) -> "NetworkCall":
+        """The call as it was encoded."""
+        positional, arguments, options = found
+        return NetworkCall(
+            tuple(positional),
+            decode(arguments, tensors, device=device),
+            {k: decode(v, tensors, device=device) for k, v in options.items()},
         )
 
     def run(self, function: Callable[..., Any]) -> Any:

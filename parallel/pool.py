@@ -6,7 +6,9 @@ drops the groups, keeps the workers that answer and raises the first cause; the 
 with new groups, and new workers where some were lost.
 """
 
+import itertools
 import os
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -60,6 +62,7 @@ class Pool:
         self._links: dict[Layout, Links] = {}
         self._epoch = 0
         self._to_unload: set[str] = set()
+        self._followed: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
         self.link_bytes_per_s: float | None = None
         self._clock = Clock(torch.device("cpu"))
 
@@ -91,8 +94,9 @@ class Pool:
         with self._guarded(setting.timeout_s):
             if self.crew.require(devices[1:], setting, meanwhile=meanwhile, progress=progress):
                 self._drop_links()
-            for key in list(self._to_unload):
-                self.unload(key)
+            self._to_unload.discard(model.load.key)
+            if self._to_unload:
+                self.unload(self._to_unload.pop())
             wanted = self.workers[: len(devices) - 1]
             ask(wanted, Ping(), timeout_s=setting.timeout_s, meanwhile=meanwhile)
             self._load(wanted, model, meanwhile)
@@ -268,17 +272,28 @@ class Pool:
             except (ChannelClosed, TimeoutError, WorkerError, TransportError):
                 continue  # it is replaced when it is needed again
 
+    def follow(self, model: Any, key: str) -> None:
+        """Drop the model on all workers too, at the next opportunity, when `model` is freed."""
+        keys = self._followed.setdefault(model, set())
+        if key not in keys:
+            keys.add(key)
+            weakref.finalize(model, self._to_unload.add, key)
+
     def unload(self, key: str) -> None:
-        """Drop a model on all workers, as ComfyUI does on /free; later, if they are busy."""
+        """Drop a model, and freed ones, on all workers, as /free does; later, if they are busy."""
+        self._to_unload.add(key)
         if any(w.num_owed for w in self.workers):
-            self._to_unload.add(key)
             return
-        self._to_unload.discard(key)
-        for worker in [w for w in self.workers if key in w.models]:
-            try:
-                self._tell(worker, Unload(key))
-            except (ChannelClosed, TimeoutError, WorkerError, TransportError):
+        in_use = set().union(*self._followed.values()) - {key}
+        keys = self._to_unload - in_use
+        self._to_unload.clear()
+        for worker, one in itertools.product(self.workers, keys):
+            if one not in worker.models:
                 continue
+            try:
+                self._tell(worker, Unload(one))
+            except (ChannelClosed, TimeoutError, WorkerError, TransportError):
+                continue  # it is replaced when it is needed again
 
     def close(self) -> None:
         """End all workers."""

@@ -21,7 +21,7 @@ from .attention import SharedAttention
 from .bind import Bound, bind
 from .config import SequenceParallelConfig, choose_layout
 from .control import local_control
-from .cost import Measured, advice
+from .cost import Meter, advice
 from .crew import Setting
 from .engine import Call
 from .hooks import installed
@@ -42,7 +42,10 @@ _JUDGED_CALL = 2  # the first shared call of a run warms up
 
 @dataclass(frozen=True)
 class Shared:
-    """A MODEL that workers can have. meanwhile: raises when the user interrupts."""
+    """A MODEL that workers can have.
+
+    meanwhile: raises when the user interrupts; memory_bytes: of a call on a latent of a shape.
+    """
 
     pool: Pool
     devices: tuple[str, ...]
@@ -54,6 +57,7 @@ class Shared:
     num_heads: int | None
     techniques: dict[str, dict[str, Any]]
     meanwhile: Callable[[], None]
+    memory_bytes: Callable[[Sequence[int]], int]
 
 
 class ParallelRun:
@@ -71,14 +75,13 @@ class ParallelRun:
         self._is_attached = False
         if shared is not None:
             self.counts.devices = shared.devices
-            self._clock = shared.pool.clock_of(shared.device)
-            self._seconds_before = self._clock.seconds()
-            self._bytes_before = self._clock.bytes_sent
+            self._meter = Meter(shared.pool.clock_of(shared.device))
 
     # --- layout
 
     def choose(self, num_conds: int) -> Layout | None:
         """The layout for the calls of an evaluation of so many conditionings; None: one device."""
+        self._attach_cache()
         self.layout = None
         if self.shared is not None and not self.reason:
             self.layout = choose_layout(
@@ -106,7 +109,7 @@ class ParallelRun:
         assert self.shared is not None
         assert layout is not None
         try:
-            encoded, tensors = _encode_call(call, self.shared.plan.rebuilt)
+            encoded, tensors = call.encode(self.shared.plan.rebuilt, dropped=_DROPPED)
         except Unsupported as error:
             return self._alone(f"{error}, which cannot travel", executor, call)
         started = time.perf_counter()
@@ -163,8 +166,11 @@ class ParallelRun:
             pool.prepare(shared.devices, shared.setting, shared.model, meanwhile=shared.meanwhile)
         links = pool.links(layout, shared.setting, shared.device)
         now = call.options[CALL]
-        early = self.decisions.take_early(now)
-        facts = CallFacts.of(self.run, now, shared.techniques, early)
+        facts = CallFacts.of(
+            self.run, now,
+            memory_bytes=shared.memory_bytes(tensors[0].shape) // layout.ranks,
+            techniques=shared.techniques, decisions=self.decisions.take_early(now),
+        )  # fmt: skip
         return Forward(
             key=shared.model.load.key,
             groups=links.name,
@@ -199,8 +205,7 @@ class ParallelRun:
             local_control(part, call.arguments),
             {**call.options, OVERRIDE: own, "prefetch_dynamic_vbars": False},
         )
-        before = self._clock.seconds(), self._clock.bytes_sent, time.perf_counter()
-        self._attach_cache()
+        meter = Meter(links.clock)
         self.decisions.mesh = links.mesh
         try:
             timeout_s = self.config.timeout_s
@@ -210,7 +215,7 @@ class ParallelRun:
             self.decisions.mesh = None
         self.decisions.shared()
         if self.counts.shared + 1 == _JUDGED_CALL:
-            self._judge(layout, part, *before)
+            self._judge(layout, part, meter)
         return out
 
     def _remote(self, layout: Layout, message: Forward, tensors: list[torch.Tensor]) -> Any:
@@ -260,29 +265,19 @@ class ParallelRun:
             raise
 
     def _attach_cache(self) -> None:
-        """Let this run's decisions overrule a block cache that travels."""
-        assert self.shared is not None
-        if "cache" in self.shared.techniques and not self._is_attached:
-            block_cache.attach(self.run.states["cache"], self.decisions)
+        """Let this run's decisions overrule a block cache that travels; once all have started."""
+        if self.shared is not None and not self._is_attached:
             self._is_attached = True
+            if "cache" in self.shared.techniques:
+                block_cache.attach(self.run.states["cache"], self.decisions)
 
     # --- cost and report
 
-    def _judge(
-        self, layout: Layout, part: Call, seconds: dict[str, float], num_bytes: int, started: float
-    ) -> None:
+    def _judge(self, layout: Layout, part: Call, meter: Meter) -> None:
         """Say if one device would be faster, and with workers 0 use it from now on."""
         assert self.shared is not None
-        spent = {k: v - seconds.get(k, 0.0) for k, v in self._clock.seconds().items()}
-        measured = Measured(
-            total_s=time.perf_counter() - started,
-            exchange_s=spent.get("exchange", 0.0) + spent.get("gather", 0.0),
-            broadcast_s=spent.get("broadcast", 0.0),
-            bytes_sent=self._clock.bytes_sent - num_bytes,
-            tokens=sum(part.lengths.values()),
-            link_bytes_per_s=self.shared.pool.link_bytes_per_s or float("inf"),
-        )
-        sentence = advice(measured, layout)
+        rate = self.shared.pool.link_bytes_per_s or float("inf")
+        sentence = advice(meter.measured(sum(part.lengths.values()), rate), layout)
         if sentence is None:
             return
         if self.config.workers:
@@ -291,13 +286,11 @@ class ParallelRun:
             self.stop_sharing(f"{sentence}. workers=0 uses one device from here on")
 
     def section(self) -> Section:
-        counts = self.counts
         if self.shared is not None:
-            before = self._seconds_before
-            counts.seconds = {k: v - before.get(k, 0) for k, v in self._clock.seconds().items()}
-            counts.bytes_sent = self._clock.bytes_sent - self._bytes_before
-            counts.link_bytes_per_s = self.shared.pool.link_bytes_per_s
-        return section(counts)
+            self.counts.seconds = self._meter.seconds()
+            self.counts.bytes_sent = self._meter.bytes_sent()
+            self.counts.link_bytes_per_s = self.shared.pool.link_bytes_per_s
+        return section(self.counts)
 
     def close(self) -> None:
         """Drop what the run kept, here and on the workers."""
@@ -305,28 +298,3 @@ class ParallelRun:
         self._bound.clear()
         if shared is not None and self.counts.shared:
             shared.pool.end_run()
-
-
-def _encode_call(call: NetworkCall, rebuilt: Sequence[str]) -> tuple[Any, list[torch.Tensor]]:
-    """The call for the wire: (positional names, arguments, options), tensors beside.
-
-    Options of other nodes that cannot travel are left out: the network's forward reads ComfyUI's
-    own ones. An argument that cannot travel raises Unsupported, unless the network rebuilds it.
-    """
-    tensors: list[torch.Tensor] = []
-    named = dict(call.arguments)
-    for path in rebuilt:
-        name, _, key = path.partition(".")
-        if isinstance(named.get(name), dict):
-            named[name] = {k: v for k, v in named[name].items() if k != key}
-    arguments = encode(named, tensors, "the call's ")
-    options = {}
-    for name, value in call.options.items():
-        if name in _DROPPED or name.startswith("slipstream"):
-            continue
-        known = len(tensors)
-        try:
-            options[name] = encode(value, tensors, name)
-        except Unsupported:
-            del tensors[known:]
-    return [list(call.positional), arguments, options], [t.contiguous() for t in tensors]

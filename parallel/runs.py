@@ -13,6 +13,7 @@ import torch
 from ..backends.run import CALL, RUN, WRAPPER_ORDER, BranchKey, ModelCall, Run
 from .network_call import NetworkCall
 
+NAME = "parallel"
 KEY = "slipstream.parallel"
 Decide = Callable[[ModelCall, bool], bool]
 
@@ -21,12 +22,13 @@ Decide = Callable[[ModelCall, bool], bool]
 class CallFacts:
     """What a worker must know about rank 0's run and call. JSON values and UUIDs only.
 
-    techniques: name -> fields of its config, for those that work inside a call; decisions: what
-    a block cache has decided for this call already.
+    memory_bytes: what the call needs beside the weights; techniques: name -> fields of its config,
+    for those that work inside a call; decisions: what a block cache has decided for it already.
     """
 
     run: int
     sigmas: tuple[float, ...]
+    memory_bytes: int
     techniques: dict[str, dict[str, Any]]
     index: int
     step: int
@@ -42,12 +44,15 @@ class CallFacts:
     def of(
         run: Run,
         call: ModelCall,
+        *,
+        memory_bytes: int,
         techniques: dict[str, dict[str, Any]],
         decisions: Sequence[bool] = (),
     ) -> "CallFacts":
         return CallFacts(
             run=run.id,
             sigmas=run.sigmas,
+            memory_bytes=memory_bytes,
             techniques=techniques,
             index=call.index,
             step=call.step,

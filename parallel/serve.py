@@ -173,7 +173,7 @@ class Server:
         if links is None:
             raise TransportError(f"no groups {message.groups}")
         model, tensors = self.models[message.key], self._receive(links, message.metas)
-        call = self._read(message.arguments, tensors)
+        call = NetworkCall.decode(message.arguments, tensors, self.device)
         facts = CallFacts(**decode(message.run, []))
         self._decisions = list(facts.decisions)
         run = self._run_of(model, facts, links)
@@ -186,15 +186,6 @@ class Server:
         encoded = encode(out, output)
         output = [t.to(self.device).contiguous() for t in output]
         return {"out": encoded, "metas": [Meta.of(t).to_json() for t in output]}, output
-
-    def _read(self, found: Any, tensors: list[torch.Tensor]) -> NetworkCall:
-        """The call as rank 0 encoded it."""
-        positional, arguments, options = found
-        return NetworkCall(
-            tuple(positional),
-            decode(arguments, tensors, device=self.device),
-            {k: decode(v, tensors, device=self.device) for k, v in options.items()},
-        )
 
     def _receive(self, links: Links, metas: list[Any]) -> list[torch.Tensor]:
         """The call's tensors, from rank 0."""

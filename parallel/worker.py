@@ -62,7 +62,6 @@ class LoadedModel:
     def __init__(self, patcher: Any):
         self.patcher = patcher
         self.network = host.diffusion_model(patcher)
-        self._has_budget = False  # at the latest load
 
     def begin(self, facts: CallFacts, decide: Callable[[Any, bool], bool]) -> WorkerRun:
         """A sampling run of rank 0, with the techniques it named."""
@@ -70,9 +69,7 @@ class LoadedModel:
         for name, fields in facts.techniques.items():
             patcher = _APPLY[name](patcher, fields, decide)
         run = WorkerRun(patcher, facts, attached(patcher))
-        had_budget, self._has_budget = self._has_budget, "offload" in facts.techniques
-        if had_budget or self._has_budget:
-            worker_host.load_again(patcher)
+        worker_host.make_ready(patcher, facts.memory_bytes)
         return run
 
 
@@ -109,9 +106,10 @@ class LoadedModels:
     def unload(self, key: str) -> None:
         """Drop one model, or all ("")."""
         for known in [key] if key else list(self._bases):
-            self._bases.pop(known, None)
             self._models.pop(known, None)
-        worker_host.unload_models()
+            base = self._bases.pop(known, None)
+            if base is not None:
+                worker_host.unload(base)
 
     def facts(self) -> dict[str, Any]:
         return {"models": len(self._bases), "private_bytes": private_bytes()}

@@ -68,7 +68,7 @@ class Session:
             pool=pool, devices=devices, device=torch.device("cpu"),
             setting=Setting("", {}, 1, TIMEOUT_S, idle_s), model=model(seed, patches),
             network=self.net, plan=fake_net.PLAN, num_heads=3, techniques={},
-            meanwhile=lambda: None,
+            meanwhile=lambda: None, memory_bytes=lambda shape: 0,
         )  # fmt: skip
         self.run = Run(FakePatcher(torch.nn.Module()), torch.tensor([1.0, 0.0]), {})
         self.state = ParallelRun(self.run, self.config, shared)

@@ -1,0 +1,70 @@
+"""What decides whether a MODEL can be shared, as far as it can be known without ComfyUI."""
+
+from typing import Any
+
+import torch
+
+from ..backends.architectures.plans import find_plan
+from ..backends.architectures.tokens import TokenPlan
+from ..backends.cache.config import BLOCK_STRATEGIES
+from ..backends.run import Run, attached
+from .bind import bind
+from .runs import NAME, config_fields
+from .shards import PlanError
+
+
+def checked_plan(network: torch.nn.Module) -> TokenPlan | str:
+    """The network's plan, checked against it, or the sentence that says why there is none."""
+    plan = find_plan(network)
+    if isinstance(plan, TokenPlan):
+        try:
+            bind(plan, network)
+        except PlanError as error:
+            return f"{error}. It runs on one device; this needs an update of the pack."
+    return plan
+
+
+def travelling(run: Run) -> dict[str, dict[str, Any]] | str:
+    """Techniques that work inside a call, with their settings, or why they cannot travel."""
+    found = {}
+    for name, attached_technique in attached(run.patcher).items():
+        technique: Any = attached_technique
+        if name in run.disabled or name == NAME:
+            continue
+        if name == "svdquant":  # comes with the file: the loader attaches it on the worker too
+            continue
+        if name in ("attention", "offload"):  # every rank gets the same budget for its weights
+            found[name] = config_fields(technique.config)
+        elif name == "cache":
+            strategy = technique.config.strategy
+            if strategy == "pab":
+                return "cache strategy pab keeps attention outputs that ranks exchange"
+            if strategy in BLOCK_STRATEGIES or strategy == "auto":
+                found[name] = config_fields(technique.config)
+        else:
+            return f"{name} does not travel to workers yet: leave it out, or set workers to 1"
+    return found
+
+
+def num_heads(network: torch.nn.Module, plan: TokenPlan) -> int | None:
+    found: Any = network
+    for part in plan.heads.split("."):
+        found = found[int(part)] if part.isdigit() else getattr(found, part, None)
+        if found is None:
+            return None
+    return found if isinstance(found, int) else None
+
+
+def plain_device(device: torch.device) -> torch.device:
+    """cuda as cuda:0, cpu:0 as cpu."""
+    if device.type == "cpu":
+        return torch.device("cpu")
+    return torch.device(device.type, device.index or 0)
+
+
+def gpus_like(own: torch.device) -> list[str]:
+    """GPUs of the same kind as `own`: mixed ones would wait for the slowest."""
+    if own.type != "cuda":
+        return []
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return [f"cuda:{i}" for i, name in enumerate(names) if name == names[own.index]]

@@ -22,6 +22,8 @@ LOADERS = (
     "load_checkpoint_guess_config_model_only",
 )
 
+_NUM_PRINTED, _NUM_VALUES = 16, 64
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -63,6 +65,27 @@ def recipe(patcher: Any, own_package: str) -> Recipe | str:
             "Use a core loader or ours."
         )
     return Recipe(module, name, tuple(arguments), rest[0] if rest else None)
+
+
+def weights_print(patcher: Any, names: Sequence[str] = ()) -> dict[str, list[float]]:
+    """The first values of some weights as they were loaded: parameter name -> values.
+
+    names: of these; else of a few parameters that no patch touches, spread over the network.
+    """
+    changed = [*patcher.patches, *patcher.backup]  # the latter by whichever clone ran last
+    patched_ones = {key.removeprefix("diffusion_model.") for key in changed}
+    parameters = dict(patcher.model.diffusion_model.named_parameters())
+    plain = [
+        name
+        for name, value in parameters.items()
+        if name not in patched_ones and type(value) is torch.nn.Parameter and not value.is_meta
+    ]
+    chosen = names or plain[:: max(len(plain) // _NUM_PRINTED, 1)]
+    return {
+        name: parameters[name].detach().flatten()[:_NUM_VALUES].float().cpu().tolist()
+        for name in chosen
+        if name in parameters
+    }
 
 
 def comfyui_folder() -> Path:

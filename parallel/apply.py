@@ -18,7 +18,7 @@ from .crew import Setting
 from .messages import Load
 from .model_facts import checked_plan, gpus_like, num_heads, plain_device, travelling
 from .network_call import NetworkCall
-from .payload import encode_patches
+from .payload import encode_patches, walk_patches
 from .pool import Model, Pool
 from .route import BRANCH, Baton, can_route, run_both
 from .run_state import ParallelRun, Shared
@@ -123,17 +123,12 @@ def _model(patcher: Any, recipe: worker_host.Recipe) -> tuple[str | None, Any]:
     """(None, what workers need to have this MODEL), or (the reason why they cannot, None)."""
     try:
         arguments = encode(recipe.arguments, [], "a loader argument")
-        encode_patches(patcher.patches, worker_host.adapter_parts)
+        walk_patches(patcher.patches, worker_host.adapter_parts)
     except Unsupported as error:
         return f"{error}, which cannot travel to workers", None
-    files = {}
-    for path in recipe.files:
-        found = path.stat()
-        files[str(path)] = [found.st_size, found.st_mtime_ns]
-    identity = [recipe.module, recipe.function, arguments, recipe.index, files]
     load = Load(
-        key=json.dumps(identity), module=recipe.module, function=recipe.function,
-        arguments=arguments, index=recipe.index, files=files,
+        key=_key(recipe, arguments), module=recipe.module, function=recipe.function,
+        arguments=arguments, index=recipe.index, weights=worker_host.weights_print(patcher),
     )  # fmt: skip
     version = str(patcher.patches_uuid) if patcher.patches else "none"
     patches = patcher.patches
@@ -142,6 +137,12 @@ def _model(patcher: Any, recipe: worker_host.Recipe) -> tuple[str | None, Any]:
         return encode_patches(patches, worker_host.adapter_parts)
 
     return None, Model(load=load, version=version, patches=encoded)
+
+
+def _key(recipe: worker_host.Recipe, arguments: Any) -> str:
+    """The same for every MODEL that was loaded from the same file in the same way."""
+    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in recipe.files]
+    return json.dumps([recipe.module, recipe.function, arguments, recipe.index, files])
 
 
 def _setting(config: SequenceParallelConfig, num_ranks: int) -> Setting:
@@ -243,9 +244,7 @@ def _detached(patcher: Any, unpatch_all: bool) -> None:
     """ON_DETACH: /free unloads workers too. Not when a newer clone takes over (unpatch_all)."""
     recipe = worker_host.recipe(patcher, OWN_PACKAGE)
     if unpatch_all and isinstance(recipe, worker_host.Recipe):
-        reason, model = _model(patcher, recipe)
-        if reason is None:
-            pool().unload(model.load.key)
+        pool().unload(_key(recipe, encode(recipe.arguments, [], "a loader argument")))
 
 
 _WRAPPERS = {

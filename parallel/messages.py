@@ -61,14 +61,17 @@ class Measure:
 
 @dataclass(frozen=True)
 class Load:
-    """Load a model by the recipe ComfyUI recorded. files: path -> [bytes, mtime in ns]."""
+    """Load a model by the recipe ComfyUI recorded.
+
+    weights: parameter name -> its first values as rank 0 has them: the file may have changed.
+    """
 
     key: str
     module: str
     function: str
     arguments: Any
     index: int | None
-    files: dict[str, list[int]]
+    weights: dict[str, list[float]]
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,13 @@ def encode_patches(
 
     Raises Unsupported for a patch that cannot travel.
     """
+    encoded, tensors = walk_patches(patches, parts)
+    tensors = [t.detach().cpu().contiguous() for t in tensors]
+    return encoded, tensors, digest(encoded, tensors)
+
+
+def walk_patches(patches: dict[str, list[Any]], parts: Parts) -> tuple[Any, list[torch.Tensor]]:
+    """Encoded patches and their tensors, untouched. Raises Unsupported."""
 
     def adapter(value: Any, one: Callable[[Any, str], Any]) -> Any:
         found = parts(value)
@@ -34,9 +41,7 @@ def encode_patches(
         return ["adapter", name, keys, one(weights, "weights")]
 
     tensors: list[torch.Tensor] = []
-    encoded = encode(patches, tensors, "patches", other=adapter)
-    tensors = [t.detach().cpu().contiguous() for t in tensors]
-    return encoded, tensors, digest(encoded, tensors)
+    return encode(patches, tensors, "patches", other=adapter), tensors
 
 
 def decode_patches(

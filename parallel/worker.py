@@ -84,15 +84,15 @@ class LoadedModels:
         return self._models[key]
 
     def load(self, message: Load) -> dict[str, Any]:
-        """Follow the recipe. Raises ValueError if a file is not the one that rank 0 loaded."""
-        for path, identity in message.files.items():
-            found = Path(path).stat()
-            if [found.st_size, found.st_mtime_ns] != identity:
-                raise ValueError(f"{path} has changed since ComfyUI loaded it: load it again")
+        """Follow the recipe. Raises ValueError if it does not give the weights that rank 0 has."""
         recipe = worker_host.Recipe(
             message.module, message.function, decode(message.arguments, []), message.index
         )
-        self._bases[message.key] = worker_host.load(recipe, OWN_PACKAGE)
+        patcher = worker_host.load(recipe, OWN_PACKAGE)
+        if worker_host.weights_print(patcher, list(message.weights)) != message.weights:
+            files = ", ".join(path.name for path in recipe.files)
+            raise ValueError(f"{files} has changed since ComfyUI loaded it: load it again")
+        self._bases[message.key] = patcher
         return self.facts()
 
     def patch(self, message: Patches, tensors: list[torch.Tensor]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from slipstream.backends.run import run_log
 from slipstream.parallel.apply import apply_parallel, pool
 from slipstream.parallel.config import ParallelError, SequenceParallelConfig
 from slipstream.parallel.messages import Ping
-from slipstream.parallel.workers import ask
+from slipstream.parallel.workers import WorkerError, ask
 
 pytestmark = [
     pytest.mark.usefixtures("comfy", "workers"),
@@ -187,7 +187,10 @@ def test_unchanged_patches_are_sent_once(monkeypatch):
     tiny.sample(shared, "wan")
     monkeypatch.setattr(apply, "encode_patches", counted)
     tiny.sample(shared, "wan")
-    assert len(encodings) == 1, "only the check of whether they can travel"
+    assert encodings == []
+    other = patched(lora(tiny.load("wan", heads=3), "lora", 4))
+    tiny.sample(other, "wan")
+    assert len(encodings) == 1
 
 
 def test_two_models_alternate_and_stay_warm():
@@ -216,6 +219,29 @@ def test_weights_are_mapped_not_copied():
     for was, now in zip(before, after, strict=True):
         assert now["models"] == was["models"] + 1
         assert now["private_bytes"] - was["private_bytes"] < 0.3 * file_bytes
+
+
+def test_a_file_that_changed_after_it_was_loaded(tmp_path):
+    """Workers would sample another model than ComfyUI does."""
+    import comfy.sd
+
+    path = tiny.write(tmp_path, "wan", heads=3, seed=11)
+    model = comfy.sd.load_diffusion_model(str(path), model_options={"dtype": torch.float32})
+    tiny.write(tmp_path, "wan", heads=3, seed=12)
+    sentence = "tiny_wan.safetensors has changed since ComfyUI loaded it: load it again"
+    with pytest.raises(WorkerError, match=sentence) as caught:
+        tiny.sample(patched(model), "wan")
+    assert "worker.py" in str(caught.value), "the worker's traceback"
+    tiny.write(tmp_path, "wan", heads=3, seed=11)
+    assert_shared(patched(model), "wan", tiny.sample(model, "wan"))
+
+
+def test_the_print_ignores_weights_that_another_clone_has_patched():
+    model = tiny.load("wan", heads=3, seed=13)
+    tiny.sample(lora(model, "lora"), "wan")  # its patches stay on the weights until another run
+    assert model.backup
+    pool().unload(next(iter(pool().workers[0].models), ""))
+    tiny.sample(patched(model), "wan")
 
 
 def test_free_unloads_the_workers_too():

@@ -1,7 +1,7 @@
 """Checks of the block streamer's own bookkeeping: bytes staged, bytes copied, blocks chosen."""
 
 import pytest
-from fake_models import blocks, load, sample
+from fake_models import blocks, load, sample, with_lora
 from offload_probe import offloaded, report
 from slipstream.backends.offload import host
 from slipstream.backends.offload.apply import apply_offload
@@ -42,6 +42,20 @@ def test_every_block_is_copied_once_per_call(env, monkeypatch):
     assert by_us - by_core == pytest.approx(sizes[0], rel=0.01)
     outside = host.weight_bytes(model) - sum(sizes)
     assert 4 * sum(sizes) <= by_core - resident <= 4 * (sum(sizes) + outside)
+
+
+def test_lora_matrices_are_staged_too(env):
+    model = load("wan")
+    rank = 4
+    sample(offloaded(model, 0.0), "wan", steps=1)
+    buffers = []
+    for patcher in (model, with_lora(model, rank=rank)):
+        budgeted = offloaded(patcher, 0.0)
+        sample(budgeted, "wan", steps=1)
+        buffers.append(report(budgeted)["offload"]["buffer_bytes"])
+    matrices = [w for w in blocks(model)[0].parameters() if w.ndim == 2]
+    lora = sum(4 * rank * sum(w.shape) for w in matrices)
+    assert 2 * lora <= buffers[1] - buffers[0] <= 2 * (lora + 2048 * len(matrices))
 
 
 def test_chosen_blocks_are_the_resident_ones(env, monkeypatch):

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import comfy.model_management as management
 import pytest
+import svdquant_models
 import torch
 from fake_models import blocks, load, relative_error, sample, with_lora
 from offload_probe import NOTHING, leftovers, offloaded, report, resident_share
@@ -14,6 +15,7 @@ from slipstream.backends.cache.config import CacheConfig
 from slipstream.backends.offload import budget, host
 from slipstream.backends.offload.apply import apply_offload
 from slipstream.backends.offload.config import GIB, OffloadConfig, OffloadError
+from slipstream.backends.svdquant.host import load_svdquant
 from slipstream.parallel.runs import CallFacts, config_fields
 from slipstream.parallel.worker import LoadedModel
 
@@ -281,6 +283,23 @@ def test_every_worker_gets_the_same_budget(env):
         assert resident_share(run.patcher) > 0.95
     assert budget.resident_cap(run.patcher) is None
     run.close()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_svdquant_weights_stream(env, tmp_path, share):
+    """4-bit layers of ours: weights of several tensors, and their own patcher class."""
+    file = tmp_path / "flux.safetensors"
+    sizes = {"depth": 2, "single": 3, "context": 768, "vec": 768}
+    svdquant_models.write(file, "flux", "nunchaku-1", **sizes)
+    model = load_svdquant(str(file), {"backend": "dequant", "dtype": "fp32"})
+    full = sample(model, "flux")
+    env.end_node()
+    for prefetch in (-1, 0):
+        budgeted = offloaded(model, share, prefetch)
+        assert sample(budgeted, "flux").equal(full)
+        assert (report(budgeted)["offload"]["block_copies"] > 0) == (prefetch == 0)
+        env.end_node()
+    assert leftovers(model) == NOTHING
 
 
 def test_lora_in_memory_mode(env):

@@ -7,7 +7,6 @@ minutes per model. The goals are those of docs/offload.md.
 import comfy_home
 import pytest
 import torch
-
 from slipstream.bench import offload
 
 pytestmark = [

@@ -24,7 +24,8 @@ from .progress import Progress
 from .server import Server, ServerError, free_port, is_port_free
 from .setup_env import OWN, PACK_ROOT, SetupError
 
-PROMPT = PACK_ROOT / "workflows" / "api" / "quickstart.json"
+PROMPT = PACK_ROOT / "bench" / "demo_prompt.json"
+DEMO_PACK = PACK_ROOT / "bench" / "demo_pack"
 OUTPUT = PACK_ROOT / "output"
 USUAL_PORT = 8188
 _READY_TIMEOUT_S = 300
@@ -40,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
     with base_folder(options.keep) as base:
         server = Server(
             comfyui,
-            packs={"ComfyUI-Slipstream": PACK_ROOT},
+            packs={"ComfyUI-Slipstream": PACK_ROOT, "slipstream-demo": DEMO_PACK},
             models=models,
             port=port,
             base=base,
@@ -70,11 +71,12 @@ def pick_port(options: argparse.Namespace) -> int:
 
 
 def demo_folder(comfyui: Path) -> Path:
-    """The demo models, written once per version of demo_models.py."""
-    source = Path(demo_models.__file__).read_bytes()
-    folder = OWN / f"demo-models-{hashlib.sha256(source).hexdigest()[:8]}"
+    """The demo models, written once per version of demo_models.py and of the trained weights."""
+    digest = hashlib.sha256(Path(demo_models.__file__).read_bytes())
+    digest.update((demo_models.WEIGHTS / demo_models.FLUX).read_bytes())
+    folder = OWN / f"demo-models-{digest.hexdigest()[:8]}"
     if not folder.is_dir():
-        print("Writing tiny demo models", flush=True)
+        print("Laying out the demo models", flush=True)
         shutil.rmtree(folder.with_name(folder.name + ".part"), ignore_errors=True)
         # A process of its own: ComfyUI's modules need 1 GB that the server will want.
         command = [sys.executable, str(PACK_ROOT / "run"), "--part", MODELS]
@@ -111,7 +113,7 @@ def base_folder(keep: bool) -> Iterator[Path]:
 
 
 def sample(server: Server, num_steps: int | None) -> dict[str, dict[str, Any]]:
-    """Queue the quickstart prompt with a line of progress; output of the nodes by class."""
+    """Queue the demo prompt with a line of progress; output of the nodes by class."""
     from .queue_client import PromptFailed, PromptInterrupted, PromptRejected, QueueClient
 
     prompt = json.loads(PROMPT.read_text(encoding="utf-8"))
@@ -142,6 +144,9 @@ def show(server: Server, outputs: dict[str, dict[str, Any]]) -> None:
     report = outputs["SlipstreamReport"]
     print("\n" + report["text"][0] + "\n")
     OUTPUT.mkdir(exist_ok=True)
+    sampled = OUTPUT / "slipstream-demo.png"
+    sampled.write_bytes(download(server, outputs["SaveImage"]["images"][0]))
+    print(f"What was sampled, plain and with Slipstream: {sampled}")
     picture = OUTPUT / "slipstream-report.png"
     picture.write_bytes(download(server, report["images"][0]))
     print(f"The report as a picture: {picture}")

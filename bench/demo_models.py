@@ -1,23 +1,27 @@
-"""Tiny demo models with random weights, written with ComfyUI's own classes. Runs in its Python.
+"""A models folder for the demo: the trained Flux and its VAE, and a Wan with random weights.
 
-A Flux and a Wan that UNETLoader takes, and a TAESD-format VAE that VAELoader takes. Their text
-width is that of core's LotusConditioning, a constant prompt, so that no text encoder is needed.
-Random weights show mechanisms; the pictures are noise.
+The trained files are those of demo_weights/, made by train_demo.py; demo_pack's node reads the
+vectors of their classes. The Wan is written with ComfyUI's own class, in its Python; random weights
+show mechanisms, its clips are noise.
 """
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 FLUX, WAN = "slipstream_demo_flux.safetensors", "slipstream_demo_wan.safetensors"
 VAE = "slipstream_demo_vae.safetensors"
-TEXT_DIM = 1024  # LotusConditioning: [1, 2, 1024]
-_WIDTH = 128  # ComfyUI's detection takes Flux and Wan heads as width / 128
+CLASS_VECTORS = "slipstream_demo_classes.safetensors"
+WEIGHTS = Path(__file__).resolve().parent / "demo_weights"
+TEXT_DIM = 1024  # of the Wan: core's LotusConditioning gives [1, 2, 1024]
+_WIDTH = 128  # ComfyUI's detection takes a Wan's heads as width / 128
+_TRAINED = {FLUX: "diffusion_models", VAE: "vae", CLASS_VECTORS: "embeddings"}
 
 
 def write(comfyui: Path, folder: Path) -> None:
-    """Fill `folder`, a models folder, from the ComfyUI at `comfyui`; about 25 MB.
+    """Fill `folder`, a models folder, from the ComfyUI at `comfyui`; about 20 MB.
 
     The folder appears complete or not at all.
     """
@@ -27,40 +31,15 @@ def write(comfyui: Path, folder: Path) -> None:
     args.cpu = True  # before anything of ComfyUI picks a device
     import comfy.ops
     import torch
-    from comfy.taesd.taesd import TAESD
 
     build = {"dtype": torch.float32, "device": "cpu", "operations": comfy.ops.disable_weight_init}
     unfinished = folder.with_name(folder.name + ".part")
-    _save(unfinished / "diffusion_models" / FLUX, _flux(build), seed=0)
     text = {"config": json.dumps({"transformer": {"text_dim": TEXT_DIM}})}  # not in Wan's weights
     _save(unfinished / "diffusion_models" / WAN, _wan(build), seed=1, metadata=text)
-    _save(unfinished / "vae" / VAE, TAESD(latent_channels=16), seed=2)
+    for name, kind in _TRAINED.items():
+        (unfinished / kind).mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(WEIGHTS / name, unfinished / kind / name)
     unfinished.rename(folder)
-
-
-def _flux(build: dict[str, Any]) -> Any:
-    """2 dual-stream and 8 single-stream blocks, no guidance embedding (schnell)."""
-    from comfy.ldm.flux.model import Flux
-
-    return Flux(
-        image_model="flux",
-        in_channels=16,
-        out_channels=16,
-        patch_size=2,
-        vec_in_dim=64,
-        context_in_dim=TEXT_DIM,
-        hidden_size=_WIDTH,
-        mlp_ratio=4.0,
-        num_heads=1,
-        depth=2,
-        depth_single_blocks=8,
-        axes_dim=[16, 56, 56],
-        theta=10000,
-        qkv_bias=True,
-        guidance_embed=False,
-        txt_ids_dims=[],
-        **build,
-    )
 
 
 def _wan(build: dict[str, Any]) -> Any:
@@ -95,9 +74,7 @@ def _weights(network: Any, seed: int) -> dict[str, Any]:
     weights = {}
     for name, value in network.state_dict().items():
         noise = torch.randn(value.shape, generator=generator)
-        if name.startswith("vae_"):  # TAESD's scale and shift
-            weights[name] = value.clone()
-        elif name.endswith("modulation"):
+        if name.endswith("modulation"):
             weights[name] = noise * 0.3
         elif value.ndim > 1:
             weights[name] = noise * 0.7 / value[0].numel() ** 0.5

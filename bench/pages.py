@@ -4,10 +4,11 @@ import argparse
 import json
 from pathlib import Path
 
+from . import cache_pages, tables
 from .setup_env import PACK_ROOT
-from .tables import PAGES
 
 FOLDER = PACK_ROOT / "docs" / "benchmarks"
+PAGES = tables.PAGES | cache_pages.PAGES
 
 
 def rendered(folder: Path = FOLDER) -> dict[Path, str]:

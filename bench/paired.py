@@ -41,7 +41,7 @@ def take_turns(
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     try:
         for number in range(num_rounds):
-            names = list(sides) if number % 2 == 0 else list(reversed(sides))
+            names = list(sides) if number % 2 == 0 else list(sides)[::-1]
             found = {}
             for name in names:
                 found[name] = sides[name](number)

@@ -89,10 +89,13 @@ def quality_page(found: Json) -> str:
     parts.append(
         "Every row is sampled from the same seeds as the plain pictures that it is compared to: "
         f"{found['num_seeds']} of them at batch 1, 20 steps, euler, cfg 3. Speed is the median of "
-        "paired ratios with its quartiles."
+        "paired ratios with its quartiles. PSNR is the mean over the pictures (100 dB where "
+        "identical); pooled is that of the mean squared error of all of them."
     )
     for curve in found["curves"]:
         parts += [f"## {curve['title']}", curve["about"], _curve_table(curve)]
+        lines = [f"- {name}: {why}" for name, why in curve.get("failed", {}).items()]
+        parts += ["Failed:\n\n" + "\n".join(lines)] if lines else []
         if "sheet" in curve:
             parts.append(f"![{curve['title']}]({curve['sheet']})")
         if "sheet_rows" in curve:
@@ -106,7 +109,8 @@ def quality_page(found: Json) -> str:
 def _curve_table(curve: Json) -> str:
     has_speed = any("speed" in point for point in curve["points"])
     header = ["setting", *(["speed", "quartiles"] if has_speed else [])]
-    header += [*curve.get("columns", {}).values(), "PSNR dB", "10th percentile", "SSIM"]
+    header += [*curve.get("columns", {}).values()]
+    header += ["PSNR dB", "pooled", "10th percentile", "SSIM"]
     rows = []
     for point in curve["points"]:
         row = [point["name"]]
@@ -114,7 +118,8 @@ def _curve_table(curve: Json) -> str:
             speed = point["speed"]
             row += [f"{speed['median']:.2f}x", f"{speed['low']:.2f} to {speed['high']:.2f}"]
         row += [f"{point[key]:g}" for key in curve.get("columns", {})]
-        row += [f"{point['psnr_db']:.1f}", f"{point['psnr_p10_db']:.1f}", f"{point['ssim']:.3f}"]
+        row += [f"{point[key]:.1f}" for key in ("psnr_db", "psnr_pooled_db", "psnr_p10_db")]
+        row.append(f"{point['ssim']:.3f}")
         rows.append(row)
     return table(header, rows)
 

@@ -51,6 +51,22 @@ def swap_nibbles(plain: torch.Tensor) -> torch.Tensor:
     return (raw << 4) | (raw >> 4)
 
 
+def fp4_values(codes: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The values of E2M1 codes 0..15 (int8), exact in any float dtype."""
+    size = codes & 7  # halves: 0 1 2 3 4 6 8 12
+    halves = size + (size - 4).clamp_(min=0) + 2 * (size - 6).clamp_(min=0)
+    return torch.where(codes >= 8, -halves, halves).to(dtype).div_(2)
+
+
+def fp4_codes(values: torch.Tensor) -> torch.Tensor:
+    """The nearest E2M1 code 0..15 (int8) of each value."""
+    size = values.abs()
+    codes = (size * 2).round_().clamp_(max=4).to(torch.int8)
+    for bound in (2.5, 3.5, 5.0):
+        codes += size > bound
+    return codes + 8 * (values < 0).to(torch.int8)
+
+
 # ---- 16-bit vectors and int4 group scales: one order inside each run of 128 features ----
 def _order(device: torch.device) -> torch.Tensor:
     """_order[p] is the feature, within its 128, that a file stores at position p."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .layouts import E2M1, GROUP, UNSIGNED_SHIFT
+from .layouts import GROUP, UNSIGNED_SHIFT, fp4_codes, fp4_values
 
 FP8_MAX, FP4_MAX = 448.0, 6.0
 _SEARCH = (1.0, 0.95, 0.9, 0.85, 0.8)  # shares of the largest value that a group scale may cover
@@ -32,8 +32,7 @@ class Codes:
         """The fp32 weight [N, K] that the codes stand for."""
         num_rows, num_columns = self.codes.shape
         if self.scale.element_size() == 1:
-            table = torch.tensor([*E2M1, *(-v for v in E2M1)], device=self.codes.device)
-            values = table[self.codes.int()]
+            values = fp4_values(self.codes)
         else:
             values = self.codes.float()
         groups = values.view(num_rows, self.scale.shape[1], -1)
@@ -91,14 +90,6 @@ def round_nvfp4(weight: torch.Tensor) -> Codes:
     unit = (scale.float() * tensor).clamp(min=1e-12).unsqueeze(-1)
     codes = fp4_codes(groups / unit)
     return Codes(codes.view(num_rows, num_columns), scale, tensor)
-
-
-def fp4_codes(values: torch.Tensor) -> torch.Tensor:
-    """The nearest E2M1 code 0..15 of each value; bit 3 is the sign."""
-    table = torch.tensor(E2M1, device=values.device)
-    bounds = (table[1:] + table[:-1]) / 2
-    magnitude = torch.bucketize(values.abs(), bounds)
-    return (magnitude + 8 * (values < 0)).to(torch.int8)
 
 
 def round_awq(
@@ -174,8 +165,7 @@ def quantise_inputs(
     if precision == "nvfp4":
         scale = (largest / FP4_MAX).clamp(max=FP8_MAX).to(torch.float8_e4m3fn).float()
         values = groups / scale.clamp(min=1e-12)
-        table = torch.tensor([*E2M1, *(-v for v in E2M1)], device=inputs.device)
-        return (table[fp4_codes(values).int()] * scale).view(num_rows, num_columns)
+        return (fp4_values(fp4_codes(values)) * scale).view(num_rows, num_columns)
     low, high = (0, 15) if unsigned else (-7, 7)
     scale = (largest / high).bfloat16().float().clamp(min=1e-10)
     codes = (groups / scale).round().clamp(low, high)

@@ -177,8 +177,7 @@ def residual(segment: Segment, dtype: torch.dtype = torch.float32) -> torch.Tens
 def fp4_units(segment: Segment, dtype: torch.dtype) -> torch.Tensor:
     """[N, K] of an nvfp4 segment before the factor per row: exact in 16 bits."""
     codes = layouts.codes_from_plain(layouts.swap_nibbles(segment.q), signed=False)
-    table = torch.tensor([*layouts.E2M1, *(-v for v in layouts.E2M1)], device=codes.device)
-    values = table.to(dtype)[codes.int()]
+    values = layouts.fp4_values(codes, dtype)
     scale = layouts.plain_from_blocked(segment.scale).to(dtype).unsqueeze(-1)
     groups = values.view(segment.facts.num_rows, -1, 16) * scale
     return groups.view(segment.facts.num_rows, segment.facts.num_columns)

@@ -118,3 +118,16 @@ def test_blocked_scales_follow_cublas_rule():
         assert flat[at] == scales[row, group]
     back = layouts.plain_from_blocked(blocked.view(torch.float8_e4m3fn)).view(torch.uint8)
     assert torch.equal(back, scales)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_fp4_values_and_nearest_codes(dtype):
+    codes = torch.arange(16, dtype=torch.int8)
+    table = torch.tensor([*layouts.E2M1, *(-v for v in layouts.E2M1)])
+    assert torch.equal(layouts.fp4_values(codes, dtype).float(), table)
+    values = torch.linspace(-7, 7, 4001)
+    nearest = (values.unsqueeze(1) - table[:8].repeat(1, 1) * values.sign().unsqueeze(1)).abs()
+    got = layouts.fp4_values(layouts.fp4_codes(values))
+    assert torch.allclose((got - values).abs(), nearest.amin(1), atol=1e-6)
+    back = layouts.fp4_codes(table)
+    assert torch.equal(layouts.fp4_values(back), table)

@@ -136,7 +136,10 @@ class StackOverride:
         self._observe, self._probe = observe, probe
         self._add_at = last if add_at is None else add_at
         self._deltas, self._whole, self._watch = between == FRESH, between == STORED, watch
-        self._input: torch.Tensor | None = None  # clone: blocks may write into theirs
+        # Clones, since blocks may write into their input: of the image, or of all streams if the
+        # front blocks reach past a join.
+        self._input: Streams | None = None
+        self._joined = any(block.joins for block in blocks[1:front])
         self._before: tuple[int, Streams] | None = None
         self.residual: Streams | None = None
         self.stored_at: int | None = None
@@ -174,9 +177,7 @@ class StackOverride:
             return self._compute(i, forward, args, kwargs)
         output = self._run(i, forward, args, kwargs)
         if i == self.front - 1 and self._input is not None:
-            metric = self._input.neg_().add_(binding.outputs(output)[self.blocks[i].main])
-            self._input = None
-            self._measured(metric)
+            self._measured(self._front_residual(i, binding.outputs(output)))
         return output
 
     def _run(
@@ -198,7 +199,21 @@ class StackOverride:
         if self._probe is not None:
             self._measured(self._probe(block.module, args, kwargs))
         elif self.front > 0:
-            self._input = block.binding.read(args, kwargs)[block.main].clone()
+            streams = block.binding.read(args, kwargs)
+            self._input = tuple(
+                _clone(x) if self._joined or n == block.main else None
+                for n, x in enumerate(streams)
+            )
+
+    def _front_residual(self, i: int, outputs: Streams) -> torch.Tensor:
+        """What blocks 0 to `i` added to the image (behind a join: to everything)."""
+        assert self._input is not None
+        before = self._carried(0, i, self._input)[self.blocks[i].main]
+        after = outputs[self.blocks[i].main]
+        self._input = None
+        assert before is not None
+        assert after is not None
+        return before.neg_().add_(after)
 
     def _measured(self, metric: torch.Tensor) -> None:
         if self.reuse is None:

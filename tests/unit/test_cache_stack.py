@@ -236,7 +236,7 @@ def clean(network):
 
 
 @pytest.mark.parametrize("between", [NOTHING, FRESH, STORED])
-@pytest.mark.parametrize(("front", "back"), [(1, 0), (2, 1), (1, 2)])
+@pytest.mark.parametrize(("front", "back"), [(1, 0), (2, 1), (1, 2), (4, 0), (5, 0)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_reuse_at_the_same_input_gives_the_same_output(kind, front, back, between):
     network = Network(kind)

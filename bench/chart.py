@@ -7,6 +7,7 @@ from ..backends.picture import canvas
 
 _ROW, _LEFT, _TOP = 44, 520, 104
 _RIGHT = canvas.WIDTH - canvas.MARGIN - 90
+MOST_DB, _BOTTOM = 55.0, 740  # of the curves
 _COLOURS = {"slipstream": canvas.PALETTE[0], "core": canvas.PALETTE[1]}
 
 
@@ -46,41 +47,55 @@ def _draw_side(pen: Any, side: dict[str, Any], top: int, x: Any) -> None:
 
 
 def draw_curves(curves: Sequence[dict[str, Any]], title: str) -> Any:
-    """PSNR over speed, a line of points for each curve that has speeds."""
-    image, pen = canvas.sheet(760)
+    """PSNR over speed: a line a series of settings; what is above MOST_DB lies at the top."""
+    series = _series(curves)
+    image, pen = canvas.sheet(_BOTTOM + 110 + 36 * len(series))
     canvas.write(pen, canvas.MARGIN, 36, title, canvas.HEADING)
-    points = [p for curve in curves for p in curve["points"] if "speed" in p]
-    shown = [p for p in points if p["psnr_db"] < 99]
-    xs = [p["speed"]["median"] for p in shown] or [1.0]
-    ys = [p["psnr_db"] for p in shown] or [40.0]
-    left, right = min(*xs, 1.0) - 0.05, max(*xs, 1.2) + 0.05
-    low, high = min(ys) - 2, max(ys) + 2
+    points = [point for line in series.values() for point in line] or [(1.0, MOST_DB)]
+    left = min(*(x for x, _ in points), 1.0) - 0.05
+    right = max(*(x for x, _ in points), 1.2) + 0.05
+    low = min(y for _, y in points) - 2
 
-    def at(point: dict[str, Any]) -> tuple[float, float]:
-        across = (point["speed"]["median"] - left) / (right - left)
-        up = (point["psnr_db"] - low) / (high - low)
-        return 150 + across * (canvas.WIDTH - 260), 640 - up * 520
+    def at(x: float, y: float) -> tuple[float, float]:
+        up = (min(y, MOST_DB) - low) / (MOST_DB - low)
+        across = (x - left) / (right - left)
+        return 150 + across * (canvas.WIDTH - 260), _BOTTOM - up * (_BOTTOM - 90)
 
-    _draw_axes(pen, (left, right), (low, high))
-    for index, curve in enumerate(curves):
+    _draw_axes(pen, (left, right), low, at)
+    for index, (name, line) in enumerate(series.items()):
         colour = canvas.PALETTE[index % len(canvas.PALETTE)]
-        for point in curve["points"]:
-            if "speed" not in point or point["psnr_db"] >= 99:
-                continue
-            x, y = at(point)
-            pen.ellipse((x - 8, y - 8, x + 8, y + 8), fill=colour)
-            canvas.write(pen, x + 14, y, point["name"], canvas.TINY, colour, "lm")
+        places = [at(*point) for point in line]
+        pen.line(places, fill=colour, width=4)
+        y_name = _BOTTOM + 84 + 36 * index
+        for x, y in (*places, (canvas.MARGIN + 12, y_name)):
+            pen.ellipse((x - 9, y - 9, x + 9, y + 9), fill=colour)
+        canvas.write(pen, canvas.MARGIN + 36, y_name, name, canvas.SMALL, canvas.TEXT, "lm")
     return image
 
 
-def _draw_axes(pen: Any, xs: tuple[float, float], ys: tuple[float, float]) -> None:
-    first, last = int(ys[0] // 5 + 1) * 5, int(ys[1])
-    for value in range(first, last + 1, 5):
-        y = 640 - (value - ys[0]) / (ys[1] - ys[0]) * 520
+def draw_quality(found: dict[str, Any]) -> Any:
+    """The curves of a quality.json that have speeds."""
+    timed = [c for c in found["curves"] if any("speed" in point for point in c["points"])]
+    return draw_curves(timed, "PSNR over speed, on the trained model")
+
+
+def _series(curves: Sequence[dict[str, Any]]) -> dict[str, list[tuple[float, float]]]:
+    """Name -> (speed, PSNR) from slow to fast; settings named "kind, value" are a series a kind."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for curve in curves:
+        for point in curve["points"]:
+            kind, comma, _ = point["name"].partition(", ")
+            name = f"{curve['title']}: {kind}" if comma else curve["title"]
+            found.setdefault(name, []).append((point["speed"]["median"], point["psnr_db"]))
+    return {name: sorted(points) for name, points in found.items()}
+
+
+def _draw_axes(pen: Any, xs: tuple[float, float], low: float, at: Any) -> None:
+    for value in range(int(low // 10 + 1) * 10, int(MOST_DB) + 1, 10):
+        _, y = at(1.0, value)
         pen.line((150, y, canvas.WIDTH - 110, y), fill=canvas.LINE, width=2)
         canvas.write(pen, 138, y, f"{value} dB", canvas.TINY, canvas.FAINT, "rm")
-    for tenth in range(int(xs[0] * 5) + 1, int(xs[1] * 5) + 1):
-        value = tenth / 5
-        x = 150 + (value - xs[0]) / (xs[1] - xs[0]) * (canvas.WIDTH - 260)
-        pen.line((x, 120, x, 640), fill=canvas.LINE, width=2)
-        canvas.write(pen, x, 668, f"{value:.1f}x", canvas.TINY, canvas.FAINT, "mm")
+    for fifth in range(int(xs[0] * 5) + 1, int(xs[1] * 5) + 1):
+        x, _ = at(fifth / 5, low)
+        pen.line((x, 90, x, _BOTTOM), fill=canvas.LINE, width=2)
+        canvas.write(pen, x, _BOTTOM + 28, f"{fifth / 5:.1f}x", canvas.TINY, canvas.FAINT, "mm")

@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--comfyui", metavar="FOLDER", help="the ComfyUI checkout to use")
     options.add_argument("--serve", action="store_true", help="leave the server up afterwards")
     options.add_argument("--cpu", action="store_true", help="do not use a GPU")
-    options.add_argument("--steps", type=int, metavar="N", help="sampling steps (default 20, standalone 12)")
+    options.add_argument("--steps", type=int, metavar="N", help="sampling steps (default 20)")
     options.add_argument("--port", type=int, metavar="N", help="port of the server on 127.0.0.1")
     options.add_argument("--keep", action="store_true", help="keep the server's folder and log")
     options.add_argument("--standalone", action="store_true", help="run without a ComfyUI")

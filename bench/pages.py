@@ -1,14 +1,15 @@
-"""Write every page of docs/benchmarks again from its JSON; --check only says which differ."""
+"""Write every page and chart of docs/benchmarks again from its JSON; --check only compares."""
 
 import argparse
 import json
 from pathlib import Path
 
-from . import cache_pages, tables
+from . import cache_pages, chart, tables
 from .setup_env import PACK_ROOT
 
 FOLDER = PACK_ROOT / "docs" / "benchmarks"
 PAGES = tables.PAGES | cache_pages.PAGES
+CHARTS = {"suite": chart.draw_suite, "quality": chart.draw_quality}
 
 
 def rendered(folder: Path = FOLDER) -> dict[Path, str]:
@@ -40,4 +41,8 @@ def main() -> int:
     for path, text in rendered().items():
         path.write_text(text, encoding="utf-8")
         print(f"{path.relative_to(PACK_ROOT)}: {'written' if path.name in found else 'the same'}")
+    for name, draw in CHARTS.items():
+        source = FOLDER / f"{name}.json"
+        if source.is_file():
+            draw(json.loads(source.read_text("utf-8"))).save(FOLDER / f"{name}.png")
     return 0

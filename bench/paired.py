@@ -11,17 +11,20 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 BASELINE, AGAIN = "plain", "plain again"
+_FEW_PAIRS = 8
 FASTER, SLOWER, NOISE = "faster", "slower", "within noise"
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """Median and quartiles of paired ratios."""
+    """Median, quartiles and extremes of paired ratios."""
 
     median: float
     low: float
     high: float
     num_pairs: int
+    least: float
+    most: float
 
     def to_json(self) -> dict[str, Any]:
         return {key: round(value, 4) for key, value in asdict(self).items()}
@@ -61,14 +64,19 @@ def ratio(baseline: Sequence[float], side: Sequence[float]) -> Ratio:
         raise ValueError("no round was completed: nothing can be compared")
     median = statistics.median(pairs)
     if len(pairs) < 2:
-        return Ratio(median, median, median, 1)
+        return Ratio(median, median, median, 1, median, median)
     low, _, high = statistics.quantiles(pairs, n=4, method="inclusive")
-    return Ratio(median, low, high, len(pairs))
+    return Ratio(median, low, high, len(pairs), min(pairs), max(pairs))
 
 
 def noise_band(again: Ratio) -> tuple[float, float]:
-    """(low, high): quartiles of the baseline against itself, made to lie on both sides of 1."""
-    reach = max(1 - again.low, again.high - 1, 0.0)
+    """(low, high) around 1, as wide as the baseline differs from itself.
+
+    By its quartiles; by its extremes below 8 pairs, whose quartiles are luck.
+    """
+    few = again.num_pairs < _FEW_PAIRS
+    low, high = (again.least, again.most) if few else (again.low, again.high)
+    reach = max(1 - low, high - 1, 0.0)
     return 1 - reach, 1 + reach
 
 

@@ -18,7 +18,7 @@ import torch
 from ..backends.cache.apply import apply_cache
 from ..backends.cache.config import CacheConfig
 from . import quality_cache, quality_svdquant, tables
-from .chart import draw_curves
+from .chart import draw_quality
 from .environment import environment
 from .in_process import use_comfyui
 from .quality_report import Lab
@@ -52,14 +52,12 @@ def accuracy(lab: Lab, num: int) -> dict[str, Any]:
 
 
 def save(found: dict[str, Any], folder: Path) -> None:
-    """quality.json, quality.md and, with Pillow, quality.png."""
+    """quality.json, quality.md and quality.png."""
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(found, indent=1) + "\n"
     (folder / "quality.json").write_text(text, encoding="utf-8")
     (folder / "quality.md").write_text(tables.quality_page(found), encoding="utf-8")
-    timed = [c for c in found["curves"] if any("speed" in point for point in c["points"])]
-    if timed:
-        draw_curves(timed, "PSNR over speed").save(folder / "quality.png")
+    draw_quality(found).save(folder / "quality.png")
 
 
 def main() -> int:

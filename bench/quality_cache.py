@@ -6,11 +6,10 @@ from ..backends.cache.apply import apply_cache
 from ..backends.cache.config import CacheConfig, from_preset
 from ..backends.run import run_log
 from .draw import save_sheet
+from .goals import DEFAULT
 from .paired import BASELINE
 from .quality_report import Lab
 from .scores import timed_points
-
-DEFAULT = "ratio 0.5 (default)"
 
 
 def curves(lab: Lab) -> list[dict[str, Any]]:

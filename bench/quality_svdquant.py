@@ -70,8 +70,7 @@ def block_linears(network: nn.Module) -> dict[str, nn.Linear]:
         for name, module in network.named_modules()
         if isinstance(module, nn.Linear)
         and "_blocks." in name
-        and "mod" not in name.split(".")[2]
-        and "modulation" not in name
+        and "mod" not in name.split(".")[2]  # img_mod, txt_mod, modulation
     }
 
 

@@ -31,7 +31,7 @@ SCHEMA = 1
 OUTPUT = PACK_ROOT / "output" / "bench"
 COMMAND = "python bench suite"
 # Rounds of each subject; a round runs every side once. Few for the large one: a run takes seconds.
-_ROUNDS, _QUICK_ROUNDS = (20, 5, 8), (8, 2, 3)
+_ROUNDS, _QUICK_ROUNDS = (20, 8, 8), (10, 4, 4)
 
 
 def measure(

@@ -7,6 +7,8 @@ its function; a test renders every JSON under docs/benchmarks again and compares
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from .goals import goals
+
 Json = dict[str, Any]
 
 
@@ -14,10 +16,12 @@ def suite_page(found: Json) -> str:
     """docs/benchmarks/suite.md"""
     parts = ["# Every technique against plain ComfyUI", *_preface(found)]
     parts.append(
-        "Speed is plain time over the side's time, the median of paired rounds with its quartiles; "
-        '"within noise" means inside the quartiles of plain ComfyUI against itself. PSNR and SSIM '
-        "compare the pictures to plain ones of the same seeds; 100 dB is identical."
+        "Speed is plain time over the side's time, the median of paired rounds with its quartiles. "
+        "Within noise means inside the band in which plain ComfyUI differs from itself: quartiles, "
+        "or extremes below 8 rounds. PSNR and SSIM compare the pictures to plain ones of the same "
+        "seeds; 100 dB is identical."
     )
+    parts.append("![Speed of every side](suite.png)")
     for subject in found["subjects"]:
         parts += [f"## {subject['name']}", _sentence(subject["about"]), _band(subject)]
         parts.append(_suite_table(subject))
@@ -92,6 +96,9 @@ def quality_page(found: Json) -> str:
         "paired ratios with its quartiles. PSNR is the mean over the pictures (100 dB where "
         "identical); pooled is that of the mean squared error of all of them."
     )
+    parts.append("![PSNR over speed](quality.png)")
+    held = goals(found)
+    parts += ["## Goals", table(["goal", "", "found"], held)] if held else []
     for curve in found["curves"]:
         parts += [f"## {curve['title']}", curve["about"], _curve_table(curve)]
         lines = [f"- {name}: {why}" for name, why in curve.get("failed", {}).items()]

@@ -38,7 +38,7 @@ _TEST_SEED = 3
 def train_autoencoder(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Pictures to latents and back; what it leaves is the encoder, the decoder trains on."""
     torch.manual_seed(1)
-    net = Autoencoder().to(memory_format=torch.channels_last)
+    net = Autoencoder().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     steps = options.autoencoder_steps
     schedule = Schedule(num_steps=steps, learning_rate=2.5e-3, seed=1, weight_decay=1e-4)
 
@@ -55,7 +55,7 @@ def train_autoencoder(folder: Path, options: argparse.Namespace) -> dict[str, An
 
 def train_decoder(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """The decoder alone, further: latents stay as they are, so the flow can train beside it."""
-    net = load_autoencoder(folder).to(memory_format=torch.channels_last)
+    net = load_autoencoder(folder).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     steps = options.decoder_steps
     schedule = Schedule(num_steps=steps, learning_rate=1.5e-3, seed=7, weight_decay=1e-4, ema=0.99)
 

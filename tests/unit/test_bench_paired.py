@@ -61,10 +61,12 @@ def test_no_pairs_is_a_sentence():
         ([1.0, 1.0, 1.0], 0.8, SLOWER),
         ([0.8, 1.0, 1.4], 1.1, NOISE),
         ([0.8, 1.0, 1.4], 0.9, NOISE),  # the band reaches as far to either side
+        ([1.0, 1.0, 1.0, 0.8], 1.2, NOISE),  # few pairs: extremes
+        ([1.0] * 9 + [0.8], 1.2, FASTER),  # many: quartiles
     ],
 )
 def test_verdict_against_the_noise(again, median, expected):
-    band = noise_band(ratio([1.0, 1.0, 1.0], again))
+    band = noise_band(ratio([1.0] * len(again), again))
     assert verdict(median, band) == expected
 
 

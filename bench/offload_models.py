@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 
+Sizes = dict[str, tuple[int, ...]]
+Parts = tuple[Any, Sizes, Callable[[], Any]]  # network, sizes, conditioning
+
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
@@ -16,7 +19,7 @@ class Case:
     """
 
     load: Callable[[], Any]
-    sizes: dict[str, tuple[int, ...]]
+    sizes: Sizes
     conditioning: Callable[[], Any]
     steps: int = 8
 
@@ -82,14 +85,14 @@ def _text(*shape: int, **extra: Any) -> Callable[[], Any]:
     return make_text
 
 
-def _wan() -> tuple[torch.nn.Module, dict[str, tuple[int, ...]], Callable[[], Any]]:
+def _wan() -> Parts:
     from comfy.ldm.wan.model import WanModel  # type: ignore[import-not-found]
 
     network = WanModel(
         model_type="t2v", patch_size=(1, 2, 2), text_len=512, in_dim=16, dim=5120, ffn_dim=13824,
         freq_dim=256, text_dim=4096, out_dim=16, num_heads=40, num_layers=20, **_common(),
     )  # fmt: skip
-    sizes = {
+    sizes: Sizes = {
         "480p 1 frame": (1, 16, 1, 60, 104),
         "480p 17 frames": (1, 16, 5, 60, 104),
         "480p 49 frames": (1, 16, 13, 60, 104),
@@ -97,7 +100,7 @@ def _wan() -> tuple[torch.nn.Module, dict[str, tuple[int, ...]], Callable[[], An
     return network, sizes, _text(1, 512, 4096)
 
 
-def _flux() -> tuple[torch.nn.Module, dict[str, tuple[int, ...]], Callable[[], Any]]:
+def _flux() -> Parts:
     from comfy.ldm.flux.model import Flux  # type: ignore[import-not-found]
 
     network = Flux(
@@ -106,7 +109,7 @@ def _flux() -> tuple[torch.nn.Module, dict[str, tuple[int, ...]], Callable[[], A
         depth_single_blocks=38, axes_dim=[16, 56, 56], theta=10000, qkv_bias=True,
         guidance_embed=True, txt_ids_dims=[], **_common(),
     )  # fmt: skip
-    sizes = {
+    sizes: Sizes = {
         "512": (1, 16, 64, 64),
         "1024": (1, 16, 128, 128),
         "2048": (1, 16, 256, 256),
@@ -114,13 +117,13 @@ def _flux() -> tuple[torch.nn.Module, dict[str, tuple[int, ...]], Callable[[], A
     return network, sizes, _text(1, 512, 4096, pooled_output=torch.zeros(1, 768), guidance=3.5)
 
 
-def _qwen() -> tuple[torch.nn.Module, dict[str, tuple[int, ...]], Callable[[], Any]]:
+def _qwen() -> Parts:
     from comfy.ldm.qwen_image.model import (  # type: ignore[import-not-found]
         QwenImageTransformer2DModel,
     )
 
     network = QwenImageTransformer2DModel(num_layers=20, **_common())
-    sizes = {
+    sizes: Sizes = {
         "512": (1, 16, 1, 64, 64),
         "1024": (1, 16, 1, 128, 128),
         "1328": (1, 16, 1, 166, 166),

@@ -1,5 +1,7 @@
 """SlipstreamLayerOffload: widgets to OffloadConfig."""
 
+from typing import Any
+
 from comfy_api.latest import io
 
 from ..backends.offload.apply import apply_offload
@@ -57,6 +59,8 @@ class SlipstreamLayerOffload(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, model, mode, vram_budget_gb, prefetch=0.0) -> io.NodeOutput:
+    def execute(
+        cls, model: Any, mode: str, vram_budget_gb: float, prefetch: float = 0.0
+    ) -> io.NodeOutput:
         config = OffloadConfig(mode=mode, vram_budget_gb=vram_budget_gb, prefetch=prefetch)
         return io.NodeOutput(apply_offload(model, config))

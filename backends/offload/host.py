@@ -18,7 +18,7 @@ from .device import synchronize
 from .memory import LoadedModel
 
 CAP = "slipstream_cap_bytes"  # attribute of a patcher under a budget: bytes that may be resident
-_CHUNK_BYTES = 64 << 20  # of a bandwidth measurement; a full card still has room for it
+_CHUNK_BYTES = 64 << 20  # of a bandwidth measurement; less where less is free
 _NUM_CHUNKS = 4
 
 
@@ -227,8 +227,9 @@ def copy_rates(device: torch.device) -> tuple[float, float]:
     """
     import comfy.model_management as management
 
-    source = torch.zeros(_CHUNK_BYTES, dtype=torch.uint8)
-    target = torch.empty(_CHUNK_BYTES, dtype=torch.uint8, device=device)
+    size = max(min(_CHUNK_BYTES, reusable_bytes(device) // 4), 1 << 20)
+    source = torch.zeros(size, dtype=torch.uint8)
+    target = torch.empty(size, dtype=torch.uint8, device=device)
     pageable = _copy_rate(source, target)
     if not management.pin_memory(source):
         return pageable, pageable
@@ -245,7 +246,7 @@ def _copy_rate(source: torch.Tensor, target: torch.Tensor) -> float:
     for _ in range(_NUM_CHUNKS):
         target.copy_(source, non_blocking=True)
     synchronize(target.device)
-    return _NUM_CHUNKS * _CHUNK_BYTES / max(time.perf_counter() - start, 1e-9)
+    return _NUM_CHUNKS * source.nbytes / max(time.perf_counter() - start, 1e-9)
 
 
 def reusable_bytes(device: torch.device) -> int:

@@ -13,6 +13,8 @@ import torch
 class Lane(Protocol):
     """A stream for copies beside the compute stream, ordered with it by marks."""
 
+    stream: Any  # for ComfyUI's copy functions; None: the current one
+
     def copying(self) -> AbstractContextManager[Any]: ...
 
     def copied(self) -> Any: ...
@@ -32,13 +34,14 @@ class StreamLane:
     def __init__(self, device: torch.device):
         self._api = torch.get_device_module(device)
         self._device = device
-        self._stream = self._api.Stream(device)
+        self.stream = self._api.Stream(device)
+        self.stream.as_context = self._api.stream  # ComfyUI 0.33 enters its streams by this
 
     def copying(self) -> AbstractContextManager[Any]:
-        return self._api.stream(self._stream)
+        return self._api.stream(self.stream)
 
     def copied(self) -> Any:
-        return self._stream.record_event()
+        return self.stream.record_event()
 
     def wait_copied(self, mark: Any) -> None:
         self._api.current_stream(self._device).wait_event(mark)
@@ -47,14 +50,16 @@ class StreamLane:
         return self._api.current_stream(self._device).record_event()
 
     def wait_computed(self, mark: Any) -> None:
-        self._stream.wait_event(mark)
+        self.stream.wait_event(mark)
 
     def synchronize(self) -> None:
-        self._stream.synchronize()
+        self.stream.synchronize()
 
 
 class InOrderLane:
     """A device without streams: every copy is done when the call returns."""
+
+    stream = None
 
     def copying(self) -> AbstractContextManager[Any]:
         return nullcontext()

@@ -29,7 +29,6 @@ class Outcome:
     depth: int = -1
     num_copies: int = 0
     num_skipped: int = 0
-    num_left: int = 0
     stall_seconds: float | None = None
     plan: OffloadPlan | None = None
     prefetch_gain: float | None = None
@@ -94,12 +93,11 @@ def _lines(config: OffloadConfig, outcome: Outcome) -> list[str]:
             parts.append(f"{outcome.stall_seconds:.3f} s of it waiting for copies")
         lines.append("  " + ", ".join(parts))
     if outcome.copy_rates is not None:
-        pinned, pageable = (rate / 1e9 for rate in outcome.copy_rates)
-        lines.append(f"  copies: {pinned:.1f} GB/s pinned, {pageable:.1f} GB/s pageable (measured)")
+        lines.append("  " + _copies(*outcome.copy_rates))
     if outcome.plan is not None:
-        lines.append(f"  plan: {outcome.plan.why}")
+        lines.append("  " + _plan(config, outcome.plan))
     if outcome.is_rolled_back:
-        lines.append("  the plan was rolled back: with it a step took over 3 % longer")
+        lines.append("  prefetch was tried and undone: it made a step over 3 % longer")
     gain = outcome.prefetch_gain
     if config.mode == "auto" and gain is not None and gain >= MIN_GAIN and not outcome.no_prefetch:
         lines.append(
@@ -116,8 +114,23 @@ def _headline(config: OffloadConfig, outcome: Outcome) -> str:
         return f"offload: {config.mode}, {outcome.manager}, the model was not loaded"
     budget = "no cap" if outcome.budget_bytes is None else f"budget {gib(outcome.budget_bytes)} GiB"
     resident, streamed = (gib(size or 0) for size in known)
-    ahead = f", {outcome.depth} blocks ahead" if outcome.depth > 0 else ""
+    blocks = "block" if outcome.depth == 1 else "blocks"
+    ahead = f", {outcome.depth} {blocks} ahead" if outcome.depth > 0 else ""
     return (
         f"offload: {config.mode}, {outcome.manager}, {budget}: {resident} GiB resident, "
         f"{streamed} streamed{ahead}, buffers {gib(outcome.buffer_bytes)}"
     )
+
+
+def _copies(pinned: float, pageable: float) -> str:
+    if pinned == pageable:
+        return f"copies from RAM: {pageable / 1e9:.1f} GB/s measured, nothing can be pinned"
+    return f"copies: {pinned / 1e9:.1f} GB/s from pinned RAM, {pageable / 1e9:.1f} else, measured"
+
+
+def _plan(config: OffloadConfig, plan: OffloadPlan) -> str:
+    if plan.resident_bytes is None:
+        return plan.why
+    ahead = f"{plan.depth} block{'s' if plan.depth > 1 else ''} ahead"
+    used = "plan" if config.mode in ("memory", "speed") else "plan for prefetch, not used"
+    return f"{used}: {gib(plan.resident_bytes)} GiB resident, {ahead}: {plan.why}"

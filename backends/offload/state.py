@@ -19,7 +19,7 @@ from .config import OffloadConfig
 from .driver import BlockDriver, PrefetchError, QueueDriver, Upcoming
 from .section import Outcome, write
 from .stream import Streamer
-from .tuner import JUDGED_STEP, Memo, Setting, Tuner
+from .tuner import JUDGED_STEP, PLANNED_STEP, Memo, Setting, Tuner
 
 if TYPE_CHECKING:
     from ..run import ModelCall, Run
@@ -94,8 +94,6 @@ class OffloadState:
         changed = tuner.begin_step(buffers)
         if changed is None:
             return
-        if tuner.is_rolled_back:
-            self._run.note("offload: the plan made a step over 3 % slower and was rolled back")
         self._drop_driver()
         before = resident_cap(self._patcher)
         self._put_on_patcher(changed)
@@ -134,7 +132,11 @@ class OffloadState:
         if host.is_dynamic(self._patcher):
             return QueueDriver(self._units, self._device)
         depth = self._config.depth(self._num_blocks)
-        return Streamer(self._units, self._device, depth=depth)
+        streamer = Streamer(self._units, self._device, depth=depth)
+        if streamer.num_left:
+            remark = f"{streamer.num_left} weights of an unknown kind are left to ComfyUI"
+            self.outcome.remarks = [remark]
+        return streamer
 
     def _drop_driver(self) -> None:
         driver, self._driver = self._driver, None
@@ -173,6 +175,8 @@ class OffloadState:
         if proposal is not None:
             outcome.plan, outcome.prefetch_gain = proposal.plan, proposal.prefetch_gain
             outcome.copy_rates = host.copy_rates(self._device)
+        elif self._config.mode in ("speed", "memory") and not tuner.is_fixed:
+            outcome.remarks.append(f"no plan: it needs more than {PLANNED_STEP} steps")
         outcome.predicted_step_seconds = tuner.predicted_step_seconds
         outcome.measured_step_seconds = tuner.steps.mean(JUDGED_STEP)
         outcome.is_rolled_back = tuner.is_rolled_back

@@ -38,7 +38,7 @@ class UnitSources:
     weights: list[Source] = field(default_factory=list)
     patches: list[tuple[Any, int, int]] = field(default_factory=list)
     size: int = 0
-    num_left: int = 0  # weights of a kind that we do not know: ComfyUI casts them itself
+    num_left: int = 0  # weights of a kind that we do not know
 
     def reserve(self, size: int) -> int:
         offset = self.size
@@ -116,6 +116,11 @@ class Streamer(BlockDriver):
         self._allocate(device)
 
     @property
+    def num_left(self) -> int:
+        """Weights of a kind that we do not know: ComfyUI casts them itself."""
+        return sum(source.num_left for source in self.sources)
+
+    @property
     def streamed_bytes(self) -> list[int]:
         """Bytes that each unit copies per model call."""
         return [source.size for source in self.sources]
@@ -125,7 +130,7 @@ class Streamer(BlockDriver):
         size = max(self.streamed_bytes, default=0)
         try:
             buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(count)]
-        except torch.OutOfMemoryError:
+        except torch.cuda.OutOfMemoryError:
             raise PrefetchError(
                 f"no room for {count} block buffers of {size / 1e6:.0f} MB: lower vram_budget_gb "
                 "or prefetch"
@@ -196,7 +201,12 @@ class Streamer(BlockDriver):
         with self._lane.copying():
             slot.tensors = [(one, _copy(one, slot.buffer)) for one in source.weights]
             slot.patches = [
-                (function, function.prepare(_cut(slot.buffer, offset, size), None, commit=False))
+                (
+                    function,
+                    function.prepare(
+                        _cut(slot.buffer, offset, size), self._lane.stream, commit=False
+                    ),
+                )
                 for function, offset, size in source.patches
             ]
         slot.copied = self._lane.copied()

@@ -65,7 +65,7 @@ class Tuner:
         self._measured: Measured | None = None
         self._previous: Setting | None = None  # what to go back to
         self._allocated = 0
-        self._is_fixed = config.mode == "manual"
+        self.is_fixed = config.mode == "manual"
         prefetches = can_prefetch and config.mode in ("memory", "manual")
         self.setting = Setting(prefetches=prefetches)
         if config.mode == "memory" and can_prefetch:
@@ -73,11 +73,11 @@ class Tuner:
 
     def follow(self, decision: Decision | None) -> None:
         """Begin with what an earlier run of the same shape and config found."""
-        if decision is None or self._is_fixed:
+        if decision is None or self.is_fixed:
             return
         if decision.setting.prefetches and not self._can_prefetch:
             return
-        self._is_fixed = True
+        self.is_fixed = True
         self.setting = decision.setting
         self.predicted_step_seconds = decision.predicted_step_seconds
         self.is_rolled_back = decision.is_rolled_back
@@ -144,7 +144,7 @@ class Tuner:
         self.proposal = proposal = measure.propose(
             self._patcher, self._units, self._measured, self._config, buffer_bytes
         )
-        if self._is_fixed:
+        if self.is_fixed:
             if self.setting.prefetches:
                 self.predicted_step_seconds = proposal.unchanged_seconds
             return None

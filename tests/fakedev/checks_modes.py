@@ -60,6 +60,32 @@ def test_memory_mode_plans_and_remembers(env, monkeypatch):
     assert max(shares) < 0.6  # copies are fast, so little needs to stay
 
 
+def test_every_size_has_a_plan_of_its_own(env, monkeypatch):
+    monkeypatch.setattr(host, "copy_rates", lambda device: (50e9, 50e9))
+    patched = in_mode(load("wan"), "memory")
+    memo = patched.get_attachment(budget.KEY)
+    for shape in ((1, 16, 2, 16, 16), (1, 16, 1, 16, 16), (1, 16, 2, 16, 16)):
+        sample(patched, "wan", steps=4, shape=shape)
+        env.end_node()
+    assert sorted(shape for shape, _ in memo.decisions) == [(1, 16, 1, 16, 16), (1, 16, 2, 16, 16)]
+
+
+def test_compiled_model_gets_the_cap_alone(env):
+    """ComfyUI's torch.compile nodes wrap APPLY_MODEL under this key."""
+    model = load("wan")
+    full = sample(model, "wan", steps=STEPS)
+    env.end_node()
+    patched = in_mode(model, "speed", 0.5)
+    patched.add_wrapper_with_key(
+        "apply_model", "torch.compile", lambda executor, *args, **kwargs: executor(*args, **kwargs)
+    )
+    assert sample(patched, "wan", steps=STEPS).equal(full)
+    found = report(patched)["offload"]
+    assert "compiled" in found["no_prefetch"]
+    assert found["block_copies"] == 0
+    assert resident_share(patched) <= 0.5
+
+
 def test_speed_mode_prefetches_after_the_measured_step(env, monkeypatch):
     monkeypatch.setattr(host, "copy_rates", lambda device: (5e9, 5e9))
     monkeypatch.setattr("slipstream.backends.offload.tuner.SLOWER", 100.0)
@@ -271,7 +297,8 @@ def test_every_worker_gets_the_same_budget(env):
     config = OffloadConfig(mode="manual", vram_budget_gb=gib, prefetch=-1)
     facts = CallFacts(
         run=1, sigmas=(1.0, 0.0), techniques={"offload": config_fields(config)}, index=0, step=0,
-        evaluation=0, sigma=1.0, uuids=(), occurrence=0, window=None, cond_or_uncond=(0,),
+        evaluation=0, sigma=1.0, memory_bytes=0, uuids=(), occurrence=0, window=None,
+        cond_or_uncond=(0,),
     )  # fmt: skip
     on_worker = LoadedModel(model)
     run = on_worker.begin(facts, lambda call, reuse: reuse)

@@ -143,6 +143,11 @@ def _accuracy(accuracy: Json) -> str:
         "for a batch), paired with plain ones of the same seeds; p of the discordant pairs by the "
         "exact binomial test (McNemar)."
     )
+    if all(row["num_right"] == accuracy["num_seeds"] for row in accuracy["rows"]):
+        note += (
+            " All pictures are right in every row: accuracy would show a picture that broke, and "
+            "cannot tell these settings apart."
+        )
     return note + "\n\n" + table(header, rows)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from .bundle import send_bundle
 from .channel import ChannelClosed
 from .comm import GLOO, NCCL, Clock, TransportError
 from .crew import Crew, Setting
@@ -59,7 +60,7 @@ class Pool:
 
     def __init__(self, launcher: Callable[[], Launcher] | None = None):
         self.crew = Crew(launcher or (lambda: LocalLauncher(WORKER_PROGRAM)))
-        self._links: dict[Layout, Links] = {}
+        self._links: dict[tuple[Layout, float], Links] = {}  # by layout and timeout
         self._epoch = 0
         self._to_unload: set[str] = set()
         self._followed: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
@@ -143,28 +144,28 @@ class Pool:
 
     def links(self, layout: Layout, setting: Setting, device: torch.device) -> Links:
         """This process's groups under `layout`, made if need be. Raises WorkerError."""
-        found = self._links.get(layout)
+        found = self._links.get((layout, setting.timeout_s))
         if found is not None:
             return found
         with self._guarded(setting.timeout_s):
             if not self._links:
                 self._epoch += 1
-            name = f"{self._epoch}-{layout.cfg}-{layout.ulysses}-{layout.ring}"
+            degrees = (layout.cfg, layout.ulysses, layout.ring)
+            name = "-".join(map(str, (self._epoch, *degrees, setting.timeout_s)))
             path = str(self.crew.folder / f"store-{name}")
             members = self.workers[: layout.world - 1]
             backend = self._backend(device, members)
-            degrees = (layout.cfg, layout.ulysses, layout.ring)
             for process, worker in enumerate(members, 1):
                 worker.send(
                     Groups(self._epoch, name, path, process, degrees, backend, setting.timeout_s)
                 )
-            self._links[layout] = Links(
+            links = self._links[layout, setting.timeout_s] = Links(
                 layout, 0, dist.FileStore(path, layout.world), name=name,
                 backend=backend, timeout_s=setting.timeout_s, clock=self.clock_of(device),
             )  # fmt: skip
             collect(members, timeout_s=setting.timeout_s)
-            self._measure(self._links[layout], name, setting)
-        return self._links[layout]
+            self._measure(links, name, setting)
+        return links
 
     def _backend(self, device: torch.device, members: Sequence[Worker]) -> str:
         on_gpus = device.type == "cuda" and all(w.device != "cpu" for w in members)
@@ -189,16 +190,16 @@ class Pool:
 
     @contextmanager
     def share(
-        self, layout: Layout, message: Forward, tensors: Sequence[torch.Tensor], *, timeout_s: float
+        self, links: Links, message: Forward, tensors: Sequence[torch.Tensor], *, timeout_s: float
     ) -> Iterator[None]:
         """Hand a call to the workers of branch 0; inside, this process does its own part."""
-        members = self._hand_over(layout, 0, message, tensors)
+        members = self._hand_over(links, 0, message, tensors)
         yield
         collect(members, timeout_s=timeout_s)
 
     def remote(
         self,
-        layout: Layout,
+        links: Links,
         message: Forward,
         tensors: Sequence[torch.Tensor],
         *,
@@ -210,12 +211,12 @@ class Pool:
 
         The answer is waited for inside `waiting`; `meanwhile` raises to give up.
         """
-        leader, *others = self._hand_over(layout, 1, message, tensors)
+        leader, *others = self._hand_over(links, 1, message, tensors)
         with waiting():
             answer = leader.answer(None, meanwhile=meanwhile)
         if isinstance(answer, Failed):
             raise failure(leader, answer)
-        links, received = self._links[layout], []
+        received = []
         assert links.relay is not None
         for found in answer.facts["metas"]:
             meta = Meta.from_json(found)
@@ -226,16 +227,13 @@ class Pool:
         return answer.facts["out"], received
 
     def _hand_over(
-        self, layout: Layout, branch: int, message: Forward, tensors: Sequence[torch.Tensor]
+        self, links: Links, branch: int, message: Forward, tensors: Sequence[torch.Tensor]
     ) -> list[Worker]:
-        links = self._links[layout]
-        members = [self.workers[p - 1] for p in layout.members(branch) if p > 0]
+        members = [self.workers[p - 1] for p in links.layout.members(branch) if p > 0]
         for worker in members:
             worker.send(message)
-        group = links.entry(branch)
         with links.clock.measure("broadcast"):
-            for tensor in tensors:
-                group.broadcast(tensor, root=0)
+            send_bundle(links.entry(branch), tensors)
         return members
 
     @contextmanager

@@ -26,7 +26,7 @@ class Baton:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self.handed = threading.Event()  # the second branch has handed its call over, or ended
-        self.is_cancelled = False
+        self.is_cancelled = False  # either branch has failed
         self.first_is_over = threading.Event()
 
     @contextmanager
@@ -77,6 +77,7 @@ def run_both(
         except BaseException as error:  # noqa: BLE001 - raised below, in the prompt's thread
             failures.append(error)
             if not baton.first_is_over.is_set() and not baton.is_cancelled:
+                baton.is_cancelled = True
                 stop_first(True)
         finally:
             baton.handed.set()
@@ -86,6 +87,8 @@ def run_both(
     baton.handed.wait()
     try:
         with baton.held():
+            if failures:
+                raise Cancelled
             one = first()
     except BaseException:
         if failures:  # it was stopped because the second branch failed

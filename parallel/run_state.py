@@ -25,7 +25,7 @@ from .cost import Meter, advice
 from .crew import Setting
 from .engine import Call
 from .hooks import installed
-from .mesh import Layout
+from .mesh import Layout, Links
 from .messages import Forward
 from .network_call import NetworkCall
 from .pool import Model, Pool
@@ -115,11 +115,11 @@ class ParallelRun:
         started = time.perf_counter()
         try:
             with self._barrier():
-                message = self._message(layout, call, method, encoded, tensors)
+                links, message = self._message(layout, call, method, encoded, tensors)
                 if call.options.get(BRANCH):
-                    out = self._remote(layout, message, tensors)
+                    out = self._remote(links, message, tensors)
                 else:
-                    out = self._together(layout, message, tensors, call, executor)
+                    out = self._together(links, message, tensors, call, executor)
         except PlanError as error:
             if self.baton is not None:
                 raise  # the pair of branches is repeated on one device
@@ -156,10 +156,12 @@ class ParallelRun:
         method: str,
         encoded: Any,
         tensors: list[torch.Tensor],
-    ) -> Forward:
-        """The Forward for a call; workers are ready for it afterwards."""
+    ) -> tuple[Links, Forward]:
+        """The groups and the Forward for a call, for which workers are ready afterwards."""
         shared = self.shared
         assert shared is not None
+        if self.baton is not None and self.baton.is_cancelled:
+            raise Cancelled  # nothing may be repaired before the fault has been dealt with
         pool = shared.pool
         if not pool.is_ready(shared.devices, shared.model):
             self.decisions.alone()
@@ -171,7 +173,7 @@ class ParallelRun:
             memory_bytes=shared.memory_bytes(tensors[0].shape) // layout.ranks,
             techniques=shared.techniques, decisions=self.decisions.take_early(now),
         )  # fmt: skip
-        return Forward(
+        message = Forward(
             key=shared.model.load.key,
             groups=links.name,
             method=method,
@@ -179,10 +181,11 @@ class ParallelRun:
             metas=[Meta.of(t).to_json() for t in tensors],
             run=encode(facts.to_dict(), []),
         )
+        return links, message
 
     def _together(
         self,
-        layout: Layout,
+        links: Links,
         message: Forward,
         tensors: list[torch.Tensor],
         call: NetworkCall,
@@ -191,7 +194,6 @@ class ParallelRun:
         """This process's part of a call that branch 0 shares."""
         shared = self.shared
         assert shared is not None
-        links = shared.pool.links(layout, shared.setting, shared.device)
         if links.mesh is None:  # the branch is this process alone
             return call.run(executor)
         plan = shared.plan.for_call(call.arguments)
@@ -209,16 +211,16 @@ class ParallelRun:
         self.decisions.mesh = links.mesh
         try:
             timeout_s = self.config.timeout_s
-            with shared.pool.share(layout, message, tensors, timeout_s=timeout_s), installed(part):
+            with shared.pool.share(links, message, tensors, timeout_s=timeout_s), installed(part):
                 out = local.run(executor)
         finally:
             self.decisions.mesh = None
         self.decisions.shared()
         if self.counts.shared + 1 == _JUDGED_CALL:
-            self._judge(layout, part, meter)
+            self._judge(links.layout, part, meter)
         return out
 
-    def _remote(self, layout: Layout, message: Forward, tensors: list[torch.Tensor]) -> Any:
+    def _remote(self, links: Links, message: Forward, tensors: list[torch.Tensor]) -> Any:
         """A call that branch 1 does without this process."""
         shared, baton = self.shared, self.baton
         assert shared is not None
@@ -234,7 +236,7 @@ class ParallelRun:
                     raise TimeoutError
 
         found, received = shared.pool.remote(
-            layout, message, tensors,
+            links, message, tensors,
             waiting=baton.released, meanwhile=watch, timeout_s=self.config.timeout_s,
         )  # fmt: skip
         return decode(found, received, device=shared.device)

@@ -17,6 +17,7 @@ from ..backends.architectures.plans import find_plan
 from ..backends.architectures.tokens import TokenPlan
 from .attention import SharedAttention
 from .bind import Bound, bind
+from .bundle import receive_bundle
 from .channel import Channel, ChannelClosed
 from .comm import Clock, TransportError
 from .control import local_control
@@ -172,7 +173,9 @@ class Server:
         links = self._links.get(message.groups)
         if links is None:
             raise TransportError(f"no groups {message.groups}")
-        model, tensors = self.models[message.key], self._receive(links, message.metas)
+        group = links.entry(links.layout.branch(links.process))
+        tensors = receive_bundle(group, [Meta.from_json(m) for m in message.metas])
+        model = self.models[message.key]
         call = NetworkCall.decode(message.arguments, tensors, self.device)
         facts = CallFacts(**decode(message.run, []))
         self._decisions = list(facts.decisions)
@@ -186,17 +189,6 @@ class Server:
         encoded = encode(out, output)
         output = [t.to(self.device).contiguous() for t in output]
         return {"out": encoded, "metas": [Meta.of(t).to_json() for t in output]}, output
-
-    def _receive(self, links: Links, metas: list[Any]) -> list[torch.Tensor]:
-        """The call's tensors, from rank 0."""
-        group = links.entry(links.layout.branch(links.process))
-        received = []
-        for found in metas:
-            meta = Meta.from_json(found)
-            tensor = torch.empty(meta.shape, dtype=meta.dtype, device=self.device)
-            group.broadcast(tensor, root=0)
-            received.append(tensor if meta.on_device else tensor.cpu())
-        return received
 
     def _part(self, network: torch.nn.Module, method: str, links: Links) -> Callable[..., Any]:
         """This rank's part of network.method, to be run inside the techniques' wrappers."""

@@ -104,8 +104,49 @@ class SlipstreamTestDigest(io.ComfyNode):
         return io.NodeOutput(text, ui=ui.PreviewText(text))
 
 
+class SlipstreamTestFault(io.ComfyNode):
+    """Raises in the last block of the network in this process, at the given call of it."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SlipstreamTestFault",
+            display_name="Test Fault",
+            category=CATEGORY,
+            is_dev_only=True,
+            inputs=[io.Model.Input("model"), io.Int.Input("call", default=1, min=0, max=1000)],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def execute(cls, model, call: int) -> io.NodeOutput:
+        patched, calls = model.clone(), []
+
+        def fail(module, args):
+            calls.append(1)
+            if len(calls) > call:
+                raise RuntimeError(f"test fault in call {call}")
+
+        def around(executor, *args, **kwargs):
+            network = patched.model.diffusion_model
+            lists = [m for m in network.children() if isinstance(m, torch.nn.ModuleList)]
+            handle = lists[-1][-1].register_forward_pre_hook(fail)
+            try:
+                return executor(*args, **kwargs)
+            finally:
+                handle.remove()
+
+        patched.add_wrapper_with_key("outer_sample", "slipstream_test_fault", around)
+        return io.NodeOutput(patched)
+
+
 class TestPackExtension(ComfyExtension):
     """The nodes above."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [SlipstreamTestConditioning, SlipstreamTestModel, SlipstreamTestDigest]
+        return [
+            SlipstreamTestConditioning,
+            SlipstreamTestDigest,
+            SlipstreamTestFault,
+            SlipstreamTestModel,
+        ]

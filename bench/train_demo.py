@@ -252,20 +252,21 @@ def main() -> int:
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--autoencoder-steps", type=int, default=2000)
-    parser.add_argument("--decoder-steps", type=int, default=4000)
+    parser.add_argument("--decoder-steps", type=int, default=2500)
     parser.add_argument("--classifier-steps", type=int, default=250)
     parser.add_argument("--num-pictures", type=int, default=40_000)
-    parser.add_argument("--flow-steps", type=int, default=10_000)
+    parser.add_argument("--flow-steps", type=int, default=4_000)
     parser.add_argument("--flow-batch", type=int, default=48)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    use_comfyui()
     options.folder.mkdir(parents=True, exist_ok=True)
     record = options.folder / "training.json"
-    for stage in options.stages:
-        if stage in recorded(record):
-            print(f"{stage}: done before")
-            continue
+    done = recorded(record)
+    print("".join(f"{stage}: done before\n" for stage in options.stages if stage in done), end="")
+    missing = [stage for stage in options.stages if stage not in done]
+    if missing:
+        use_comfyui()
+    for stage in missing:
         measured = STAGES[stage](options.folder, options)
         found = recorded(record) | {stage: measured}  # read again: flow and decoder may run at once
         record.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")

@@ -5,11 +5,20 @@ Source: Ring Attention, arXiv 2310.01889; the merge is that of FlashAttention's 
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 
+from ..backends.attention.kernels.base import Kernel
+from ..backends.attention.kernels.table import KERNELS
+from ..backends.attention.layout import Views, request_of
+from ..backends.attention.request import Request
+from ..backends.registry import Choice, select
 from .comm import Group, Pending
 from .shards import Span, pick
+
+# Kernels that give a log-sum-exp, best first. On a GPU: unverified.
+_ORDER = ("flash_sdpa", "efficient", "flash2", "flash3", "math")
 
 Partial = Callable[..., tuple[torch.Tensor, torch.Tensor]]  # (q, k, v, mask=, scale=) -> out, lse
 
@@ -41,7 +50,8 @@ def ring_attention(
         columns = mask
         if mask is not None and mask.shape[-1] > 1:
             columns = pick(mask, -1, keys[source])
-        one_out, one_lse = attend(q, *_as_heads(k, v, q.shape[1]), mask=columns, scale=scale)
+        keys_now, values_now = k.transpose(1, 2), v.transpose(1, 2)
+        one_out, one_lse = attend(q, keys_now, values_now, mask=columns, scale=scale)
         out, lse = merge(out, lse, one_out, one_lse)
         if passing is not None:
             with group.clock.measure("exchange"):
@@ -61,8 +71,9 @@ def merge(
     A row without keys has lse -inf and counts for nothing, whatever its values are.
     """
     other, other_lse = other.float(), other_lse.float()
-    empty = other_lse.isneginf().unsqueeze(-1)
-    other = other.masked_fill(empty, 0.0)
+    empty = other_lse.isneginf() | other_lse.isnan()
+    other = other.masked_fill(empty.unsqueeze(-1), 0.0)
+    other_lse = other_lse.masked_fill(empty, float("-inf"))
     if out is None or lse is None:
         return other, other_lse
     total = torch.logaddexp(lse, other_lse)
@@ -80,17 +91,6 @@ def _pass_on(group: Group, rows: torch.Tensor, length: int) -> Pending:
     return group.exchange(parts, shapes)
 
 
-def _as_heads(k: torch.Tensor, v: torch.Tensor, num_heads: int) -> list[torch.Tensor]:
-    """k and v as [B,H,N,D], repeated where several query heads share one."""
-    found = []
-    for rows in (k, v):
-        heads = rows.transpose(1, 2)
-        if heads.shape[1] not in (0, num_heads):
-            heads = heads.repeat_interleave(num_heads // heads.shape[1], 1)
-        found.append(heads)
-    return found
-
-
 def partial_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -99,17 +99,21 @@ def partial_attention(
     mask: torch.Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Exact attention with its log-sum-exp, in fp32 where no fused op gives one."""
-    if q.shape[1] == 0 or q.shape[2] == 0 or k.shape[2] == 0:
+    """Exact attention (out, lse) by the first kernel that gives the log-sum-exp of such a call.
+
+    q [B,H,Nq,D], k and v [B,Hkv,Nk,D]. Without heads, queries or keys: zeros and -inf.
+    """
+    if not (q.shape[1] and q.shape[2] and k.shape[2]):
         nothing = torch.full(q.shape[:3], float("-inf"), device=q.device)
         return q.new_zeros((*q.shape[:3], v.shape[-1])), nothing
-    additive = mask
-    if mask is not None and mask.dtype == torch.bool:
-        additive = torch.zeros(mask.shape, dtype=q.dtype, device=q.device)
-        additive = additive.masked_fill(~mask, float("-inf"))
-    scores = (q.float() @ k.float().transpose(-1, -2)) * (scale or q.shape[-1] ** -0.5)
-    if additive is not None:
-        scores = scores + additive.float()
-    lse = torch.logsumexp(scores, -1)
-    weights = torch.exp(scores - lse.unsqueeze(-1)).nan_to_num(0.0)
-    return (weights @ v.float()).to(q.dtype), lse
+    request = request_of(Views(q, k, v, mask, scale), want_lse=True)
+    found = _kernel_for(request).run(q, k, v, mask=mask, scale=scale, want_lse=True)
+    assert isinstance(found, tuple)
+    return found
+
+
+@cache
+def _kernel_for(request: Request) -> Kernel:
+    choice = select([KERNELS[name] for name in _ORDER], request)
+    assert isinstance(choice, Choice), choice  # math takes everything
+    return choice.candidate

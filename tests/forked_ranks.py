@@ -29,14 +29,17 @@ class Rank:
 
     def __init__(self, number: int, folder: str):
         self.number, self.folder, self.clock = number, folder, Clock(torch.device("cpu"))
+        self._kept: list[Links] = []  # a peer may still be connecting when the body is done
 
     def links(self, layout: Layout, name: str, *, timeout_s: float = 20) -> Links:
         """This rank's groups; every rank below layout.world must call with the same name."""
         store = dist.FileStore(str(Path(self.folder, name)), layout.world)
-        return Links(
+        links = Links(
             layout, self.number, store,
             name=name, backend="gloo", timeout_s=timeout_s, clock=self.clock,
         )  # fmt: skip
+        self._kept.append(links)
+        return links
 
 
 def run_ranks(world: int, body: Callable[[Rank], Any], *, timeout_s: float = 60) -> list[Any]:

@@ -34,7 +34,7 @@ def main() -> int:
     if options.out is not None:
         from .environment import environment
 
-        command = "python bench offload --out docs/benchmarks"
+        command = "python bench offload --out FOLDER"
         result = {"command": command, "environment": environment(), "models": found}
         (options.out / "offload.json").write_text(json.dumps(result, indent=2) + "\n")
     return 0 if all("error" not in one for one in found) else 1

@@ -272,8 +272,15 @@ def loaded_models(sampled: Any) -> list[LoadedModel]:
         return []
     import comfy.model_management as management
 
-    patchers = [entry.model for entry in getattr(management, "current_loaded_models", ())]
-    return [_describe(patcher, sampled) for patcher in patchers if patcher is not None]
+    found = []
+    for entry in getattr(management, "current_loaded_models", ()):
+        if entry.model is None:
+            continue
+        try:
+            found.append(_describe(entry.model, sampled))
+        except (AttributeError, KeyError):  # another pack's patcher: not worth a failed run
+            continue
+    return found
 
 
 def _describe(patcher: Any, sampled: Any) -> LoadedModel:

@@ -212,6 +212,23 @@ def test_class_without_diffusion_model_wrappers(env):
     assert report(budgeted)["offload"]["block_copies"] > 0
 
 
+def test_unet_with_deepcache(env):
+    """The host walks the children of a level, and a reused call leaves whole levels out."""
+    model = load("sd15")
+    cache = CacheConfig(strategy="deepcache", warmup=1, deep_interval=2)
+    wanted = [sample(m, "sd15", steps=4) for m in (model, apply_cache(model, cache))]
+    env.end_node()
+    streamed = offloaded(model, 0.0)
+    runs = []
+    for patched, latent in zip((streamed, apply_cache(streamed, cache)), wanted, strict=True):
+        assert sample(patched, "sd15", steps=4).equal(latent)
+        runs.append(report(patched)["offload"])
+    plain, cached = runs
+    assert cached["blocks_skipped"] > plain["blocks_skipped"]
+    assert cached["block_copies"] < plain["block_copies"]
+    assert leftovers(model) == NOTHING
+
+
 def test_model_that_streams_its_own_blocks(env, monkeypatch):
     """Cap only, and mode manual says what to do. LTXV stands in for LTXAV."""
     model = load("ltxv")

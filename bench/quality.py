@@ -92,7 +92,8 @@ def main() -> int:
         try:
             for part in options.parts:
                 if part not in {curve["part"] for curve in found["curves"]}:
-                    found["curves"] += [{"part": part} | curve for curve in PARTS[part](lab)]
+                    mark = {"part": part, "commit": found["environment"]["commit"]}
+                    found["curves"] += [mark | curve for curve in PARTS[part](lab)]
                     save(found, options.out)
             if options.accuracy:
                 found["accuracy"] = accuracy(lab, options.accuracy)

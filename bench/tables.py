@@ -100,7 +100,8 @@ def quality_page(found: Json) -> str:
     held = goals(found)
     parts += ["## Goals", table(["goal", "", "found"], held)] if held else []
     for curve in found["curves"]:
-        parts += [f"## {curve['title']}", curve["about"], _curve_table(curve)]
+        about = f"{curve['about']} Measured at commit {curve['commit']}."
+        parts += [f"## {curve['title']}", about, _curve_table(curve)]
         lines = [f"- {name}: {why}" for name, why in curve.get("failed", {}).items()]
         parts += ["Failed:\n\n" + "\n".join(lines)] if lines else []
         if "sheet" in curve:

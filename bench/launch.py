@@ -37,6 +37,9 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--keep", action="store_true", help="keep the server's folder and log")
     options.add_argument("--standalone", action="store_true", help="run without a ComfyUI")
     options.add_argument(
+        "--doctor", action="store_true", help="say what sequence parallel finds on this machine"
+    )
+    options.add_argument(
         "--install-from", metavar="URL", help="git URL or local clone from which to install ComfyUI"
     )
     # What the first Python tells the second: which part to run, and why it is not the full one.
@@ -72,7 +75,11 @@ def check(options: argparse.Namespace) -> None:
 
 
 def run_part(options: argparse.Namespace) -> int:
-    """One of the three parts, in a Python that has what it needs."""
+    """One of the three parts, in a Python that has what it needs; or the doctor there."""
+    if options.doctor:
+        from . import doctor
+
+        return doctor.main([])
     if options.part == COMFYUI:
         from . import demo
 
@@ -104,6 +111,8 @@ def choose(options: argparse.Namespace) -> tuple[str, str, list[str]]:
     if options.standalone:
         return STANDALONE, standalone_python(), ["--reason", "--standalone was given"]
     comfyui = setup_env.find_comfyui(options.comfyui)
+    if options.doctor and comfyui is None:  # it looks, and installs nothing but a Python
+        return STANDALONE, standalone_python(), ["--reason", "--doctor was given"]
     named = setup_env.named_python()
     try:
         if comfyui is None:

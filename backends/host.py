@@ -8,6 +8,7 @@ import importlib.metadata
 import inspect
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,18 @@ def is_compiled_whole(patcher: Any) -> bool:
     return compiled
 
 
+@cache
+def _package_versions() -> dict[str, str]:
+    """Versions of the installed _PACKAGES; looked up once, it takes milliseconds."""
+    found: dict[str, str] = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
 def versions() -> dict[str, str]:
     """Versions that a report needs: ComfyUI, torch and, where installed, the kernel packages."""
     found: dict[str, str] = {"torch": torch.__version__}
@@ -117,11 +130,7 @@ def versions() -> dict[str, str]:
             comfy = None
     if comfy is not None:
         found["comfyui"] = comfy.__version__
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    found.update(_package_versions())
     return found
 
 

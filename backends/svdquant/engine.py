@@ -6,6 +6,7 @@ a GPU, else the first that can. Counts and reasons are for the report; no tensor
 
 import logging
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -44,14 +45,15 @@ class Engine:
     reasons: dict[str, str] = field(default_factory=dict)  # kernel id -> why it does not run
     session: Session | None = None
     kernels: tuple[Kernel, ...] = KERNELS
-    _chosen: dict[LayerRequest, Kernel] = field(default_factory=dict)
+    _chosen: dict[tuple[Any, ...], Kernel] = field(default_factory=dict)
 
     def kernel(self, segment: Segment, x: torch.Tensor) -> Kernel:
         """The kernel for a segment whose input is x."""
-        request = request_of(segment, x.device)
-        if request not in self._chosen:
-            self._chosen[request] = self.choose(request)
-        return self._chosen[request]
+        key = (segment.facts, segment.dtype, x.device)
+        kernel = self._chosen.get(key)
+        if kernel is None:
+            kernel = self._chosen[key] = self.choose(request_of(segment, x.device))
+        return kernel
 
     def candidates(self, precision: str) -> list[Kernel]:
         """In the order of preference; reference only if asked for."""

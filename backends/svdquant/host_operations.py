@@ -123,7 +123,8 @@ def _forward(module: Any, engine: Engine, x: torch.Tensor) -> torch.Tensor:
     import comfy.ops
 
     patches, functions = active_patches(module), module.weight_function
-    module.weight_function = []  # hidden, or the cast would turn the weight into 16 bits
+    if functions:
+        module.weight_function = []  # hidden, or the cast would turn the weight into 16 bits
     try:
         weight, bias, stream = comfy.ops.cast_bias_weight(
             module,
@@ -133,7 +134,8 @@ def _forward(module: Any, engine: Engine, x: torch.Tensor) -> torch.Tensor:
             offloadable=True,
         )
     finally:
-        module.weight_function = functions
+        if functions:
+            module.weight_function = functions
     assert is_quantised(weight)
     quantised = unwrap(weight)
     terms = _terms(module, engine, patches, quantised, x.device)

@@ -85,6 +85,9 @@ def _patcher_class(base: type) -> type:
                     module.hook_patches = []
             super().unpatch_hooks(*args, **kwargs)
 
+        def model_state_dict_for_saving(self, *args: Any, **kwargs: Any) -> Any:
+            raise FrozenWeightError(FROZEN)
+
         def slipstream_features(self) -> set[str]:
             """Features of conflicts.py that this patcher alone can see."""
             scaled = (

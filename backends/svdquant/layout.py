@@ -24,14 +24,16 @@ class FrozenWeightError(ValueError):
     """Something asked for the 16-bit values of a quantised weight in order to change them."""
 
 
-def _fields() -> list[tuple[str, int, str]]:
-    """(field name, segment, part) of every part that is not one of the two fixed fields."""
-    return [
-        (f"{part}{index}", index, part)
-        for index in range(MAX_SEGMENTS)
-        for part in PARTS
-        if (index, part) not in ((0, "q"), (0, "scale"))
-    ]
+# (field name, segment, part) of every part that is not one of the two fixed fields
+_FIELDS = tuple(
+    (f"{part}{index}", index, part)
+    for index in range(MAX_SEGMENTS)
+    for part in PARTS
+    if (index, part) not in ((0, "q"), (0, "scale"))
+)
+_PARTS_OF = tuple(
+    tuple((part, name) for name, i, part in _FIELDS if i == index) for index in range(MAX_SEGMENTS)
+)
 
 
 @functools.cache
@@ -48,7 +50,7 @@ def registered() -> tuple[type, type]:
         "Params",
         [
             ("facts", tuple, dataclasses.field(default=())),
-            *((name, object, dataclasses.field(default=None)) for name, _, _ in _fields()),
+            *((name, object, dataclasses.field(default=None)) for name, _, _ in _FIELDS),
         ],
         bases=(BaseLayoutParams,),
         frozen=True,
@@ -89,7 +91,7 @@ def wrap(weight: QuantWeight, dtype: torch.dtype) -> torch.Tensor:
     first = weight.segments[0]
     parts = {
         name: getattr(weight.segments[index], part)
-        for name, index, part in _fields()
+        for name, index, part in _FIELDS
         if index < len(weight.segments)
     }
     params = params_class(
@@ -107,9 +109,10 @@ def unwrap(tensor: Any) -> QuantWeight:
     params = tensor._params
     segments = []
     for index, facts in enumerate(params.facts):
-        fixed = {"q": tensor._qdata, "scale": params.scale} if index == 0 else {}
-        parts = {part: getattr(params, name) for name, i, part in _fields() if i == index}
-        segments.append(Segment(facts, **fixed, **parts))
+        parts = {part: getattr(params, name) for part, name in _PARTS_OF[index]}
+        if index == 0:
+            parts["q"], parts["scale"] = tensor._qdata, params.scale
+        segments.append(Segment(facts, **parts))
     return QuantWeight(tuple(params.orig_shape), tuple(segments))
 
 

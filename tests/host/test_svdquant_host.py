@@ -91,8 +91,9 @@ def quantised_model(family, path, backend="auto", dtype="fp32"):
     return patcher
 
 
-def sample(model, family, **kwargs):
-    return tiny.sample(model, UNITS[family], steps=2, **kwargs).float()
+def sample(model, family):
+    """One sampler step without guidance: one model call."""
+    return tiny.sample(model, UNITS[family], steps=1, cfg=1.0).float()
 
 
 DIALECTS = [
@@ -244,6 +245,8 @@ def test_weights_cannot_be_changed_in_place(files):
         module.set_weight(torch.zeros(1))
     with pytest.raises(FrozenWeightError):
         model.patch_weight_to_device(f"{key}.weight", CPU, return_weight=True)
+    with pytest.raises(FrozenWeightError):
+        model.state_dict_for_saving()
     module.weight_function = [lambda weight: weight]
     with pytest.raises(ValueError, match="weight wrapper"):
         forward(model)

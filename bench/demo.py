@@ -24,7 +24,7 @@ from .progress import Progress
 from .server import Server, ServerError, free_port, is_port_free
 from .setup_env import OWN, PACK_ROOT, SetupError
 
-PROMPT = PACK_ROOT / "bench" / "demo_prompt.json"
+PROMPT = PACK_ROOT / "workflows" / "api" / "quickstart.json"
 DEMO_PACK = PACK_ROOT / "bench" / "demo_pack"
 OUTPUT = PACK_ROOT / "output"
 USUAL_PORT = 8188

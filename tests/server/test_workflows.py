@@ -7,7 +7,9 @@ import queue_client
 from comfy_home import PACK_ROOT
 from tiny_prompts import on_tiny_models
 
-API = sorted((PACK_ROOT / "workflows" / "api").glob("*.json"))
+# The prompt of ./run needs the demo pack that ./run links: test_run_command.py queues it.
+QUICKSTART = "quickstart"
+API = sorted(p for p in (PACK_ROOT / "workflows" / "api").glob("*.json") if p.stem != QUICKSTART)
 GUI = {path.stem for path in (PACK_ROOT / "workflows").glob("*.json")}
 FILES = (".safetensors", ".gguf", ".pt")
 DYNAMIC = "COMFY_DYNAMICCOMBO_V3"

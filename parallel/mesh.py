@@ -117,6 +117,7 @@ class Links:
         clock: Clock,
     ):
         self.layout, self.process, self.name, self.clock = layout, process, name, clock
+        self.backend = backend
         self.mesh: Mesh | None = None
         self.relay: Group | None = None
         self._built: list[Group] = []

@@ -36,6 +36,7 @@ from .messages import (
     Ping,
     Unload,
 )
+from .watch import Watch
 from .wire import Meta
 from .workers import Meanwhile, Worker, WorkerError, ask, collect, failure, recover
 
@@ -64,6 +65,7 @@ class Pool:
         self._epoch = 0
         self._to_unload: set[str] = set()
         self._followed: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
+        self._watch = Watch()
         self.link_bytes_per_s: float | None = None
         self._clock = Clock(torch.device("cpu"))
 
@@ -194,7 +196,8 @@ class Pool:
     ) -> Iterator[None]:
         """Hand a call to the workers of branch 0; inside, this process does its own part."""
         members = self._hand_over(links, 0, message, tensors)
-        yield
+        with self._watch.over(links, members, timeout_s):
+            yield
         collect(members, timeout_s=timeout_s)
 
     def remote(

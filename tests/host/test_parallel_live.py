@@ -307,6 +307,19 @@ def test_cache_and_cfg_halves_use_the_tokens_instead():
     assert report(both)["calls_local"] == 0
 
 
+def test_svdquant_models_load_in_workers(tmp_path):
+    """Ulysses changes no arithmetic; ring rounds otherwise, which 4-bit activations amplify."""
+    import svdquant_models
+    from slipstream.backends.svdquant.host import load_svdquant
+
+    svdquant_models.write_tiny(tmp_path)
+    model = load_svdquant(str(next(tmp_path.iterdir())))
+    expected = tiny.sample(model, "flux")
+    shared = patched(model, "cpu,cpu", cfg=1, ulysses=2)
+    assert torch.equal(tiny.sample(shared, "flux"), expected)
+    assert report(shared)["calls_distributed"] == 2
+
+
 # --- what stays on one device, with a sentence
 
 

@@ -13,6 +13,7 @@ import pytest
 import queue_client
 import tiny
 import torch
+from patience import patience
 from safetensors.torch import load_file, save_file
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self").exists(), reason="reads /proc")
@@ -344,7 +345,7 @@ def test_a_killed_worker(server, files, devices):
         lambda: os.kill(workers(server)[0], signal.SIGKILL),
     )  # fmt: skip
     assert "ended with code -9 (often out of memory). The next prompt starts" in error.message
-    assert seconds < 3
+    assert seconds < 3 * patience()
     assert_same(server, wan(), shared(wan(), devices))
 
 
@@ -355,7 +356,7 @@ def test_a_stopped_worker(server, files):
         server, shared(wan(**LONG), timeout_s=2), lambda: os.kill(victim, signal.SIGSTOP)
     )
     assert "did not answer for 2 s: raise timeout_s if a step is that slow" in error.message
-    assert seconds < 10
+    assert seconds < 10 * patience()
     assert victim not in workers(server)
     assert_same(server, wan(), shared(wan()))
 
@@ -368,7 +369,7 @@ def test_an_exception_on_rank_0(server, files):
     started = time.monotonic()
     with pytest.raises(queue_client.PromptFailed, match="test fault in call 2"):
         run(server, prompt)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 5 * patience()
     assert workers(server) == pids
     assert_same(server, wan(), shared(wan()))
 
@@ -396,7 +397,7 @@ def test_cancel_within_a_step(server, files, devices):
         server, shared(wan(**LONG), devices), lambda: server.post("/interrupt", {})
     )
     assert isinstance(error, queue_client.PromptInterrupted)
-    assert seconds < 2
+    assert seconds < 2 * patience()
     assert workers(server) == pids
     assert_same(server, wan(), shared(wan(), devices))
 

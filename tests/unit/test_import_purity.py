@@ -7,6 +7,7 @@ import textwrap
 
 import comfy_home
 import pytest
+from patience import patience
 
 ROOT = comfy_home.PACK_ROOT
 LOAD = """
@@ -61,7 +62,7 @@ def test_importing_the_pack_does_nothing_and_is_fast():
     seen = run(IMPORT_PACK, str(ROOT))
     assert seen["new"] == [f"pack{i}" for i in range(5)], "no torch, no ComfyUI, nothing at all"
     assert seen["changed"] == []
-    assert seen["seconds"] < 0.010
+    assert seen["seconds"] < 0.010 * patience()
 
 
 @pytest.mark.parametrize(

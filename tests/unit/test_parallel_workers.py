@@ -19,7 +19,9 @@ import fake_net
 import pytest
 import torch
 from fake_patcher import FakePatcher
+from patience import patience
 from slipstream.backends.run import CALL, BranchKey, ModelCall, Run
+from slipstream.parallel import run_state
 from slipstream.parallel.config import SequenceParallelConfig
 from slipstream.parallel.crew import Setting
 from slipstream.parallel.launcher import LocalLauncher, Spec, StartFailed, worker_environment
@@ -141,6 +143,23 @@ def test_a_call_that_cannot_travel_runs_here(pool):
     ]
 
 
+def test_one_device_is_used_where_it_is_faster(pool, monkeypatch):
+    """Only if nobody asked for workers: then the sentence alone is in the report."""
+    monkeypatch.setattr(run_state, "advice", lambda measured, layout: "One device would be faster")
+    explicit = Session(pool)
+    for _ in range(4):
+        explicit.call()
+    assert explicit.state.section().json["calls_local"] == 0
+    assert "One device would be faster" in explicit.run.notes
+    auto = Session(pool)
+    auto.state.config = SequenceParallelConfig(timeout_s=TIMEOUT_S, cfg=1)
+    for _ in range(4):
+        assert close(auto.call(), auto.expected())
+    found = auto.state.section().json
+    assert (found["calls_distributed"], found["calls_local"]) == (2, 2)
+    assert "workers=0 uses one device from here on" in next(iter(found["reasons"]))
+
+
 # --- faults: what is raised, how fast, and a good call afterwards
 
 
@@ -159,7 +178,7 @@ def test_an_exception_in_a_worker_reaches_the_node(pool):
     assert isinstance(error, WorkerError)
     assert "Worker 2 (cpu) failed: RuntimeError: injected failure in process 2" in str(error)
     assert "break_down" in str(error), "the worker's own traceback"
-    assert seconds < 2
+    assert seconds < 2 * patience()
     assert pids(pool) == kept
     assert close(session.call(), session.expected())
 
@@ -171,7 +190,7 @@ def test_an_exception_here_is_raised_as_it_is(pool):
     error, seconds = fails(session, fault=("raise", 0))
     assert type(error) is RuntimeError
     assert str(error) == "injected failure in process 0"
-    assert seconds < 2
+    assert seconds < 2 * patience()
     assert pids(pool) == kept
     assert close(session.call(), session.expected())
 
@@ -209,7 +228,7 @@ def test_a_killed_worker_is_named_and_replaced(pool):
     assert "Worker 1 (cpu) ended with code -9 (often out of memory)" in str(caught.value)
     assert "The next prompt starts a new one." in str(caught.value)
     assert "fake worker" in str(caught.value), "the end of its log"
-    assert time.monotonic() - killed_at[0] < 2
+    assert time.monotonic() - killed_at[0] < 2 * patience()
     assert not exists(victim.handle.pid)
     assert close(session.call(), session.expected())
     assert len(pids(pool)) == 2
@@ -221,7 +240,7 @@ def test_a_worker_that_ends_in_a_call(pool):
     number = int(pool.workers[1].handle.number)
     error, seconds = fails(session, fault=("exit", number))
     assert "Worker 2 (cpu) ended with code 7." in str(error)
-    assert seconds < 3
+    assert seconds < 3 * patience()
     assert close(session.call(), session.expected())
 
 
@@ -232,7 +251,7 @@ def test_a_worker_that_does_not_answer_is_killed(pool, kind):
     victim = pool.workers[0].handle
     error, seconds = fails(session, fault=(kind, victim.number))
     assert "Worker 1 (cpu) did not answer for 2 s: raise timeout_s" in str(error)
-    assert TIMEOUT_S - 1 < seconds < 2 * TIMEOUT_S + 2
+    assert TIMEOUT_S - 1 < seconds < (2 * TIMEOUT_S + 2) * patience()
     assert not exists(victim.pid)
     assert close(session.call(), session.expected())
 

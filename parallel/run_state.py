@@ -276,13 +276,13 @@ class ParallelRun:
     # --- cost and report
 
     def _judge(self, layout: Layout, part: Call, meter: Meter) -> None:
-        """Say if one device would be faster, and with workers 0 use it from now on."""
+        """Say if one device would be faster, and use it from now on if nobody asked for more."""
         assert self.shared is not None
         rate = self.shared.pool.link_bytes_per_s or float("inf")
         sentence = advice(meter.measured(sum(part.lengths.values()), rate), layout)
         if sentence is None:
             return
-        if self.config.workers:
+        if self.config.is_explicit:
             self.run.note(sentence)
         else:
             self.stop_sharing(f"{sentence}. workers=0 uses one device from here on")

@@ -376,10 +376,11 @@ def test_a_hundred_calls_leave_nothing_behind(pool):
 def test_idle_workers_end_and_come_back():
     pool = Pool(lambda: LocalLauncher(PROGRAM))
     try:
-        session = Session(pool, 2, idle_s=1)
+        idle_s = 2 * patience()
+        session = Session(pool, 2, idle_s=idle_s)
         session.call()
         (pid,) = pids(pool)
-        deadline = time.monotonic() + 6
+        deadline = time.monotonic() + 3 * idle_s
         while exists(pid) and time.monotonic() < deadline:
             time.sleep(0.05)
             pool.workers[0].handle.exit_code()

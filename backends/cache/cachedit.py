@@ -115,6 +115,8 @@ class CacheDitEngine:
         self._manager.set_Bn_buffer(residual[0], prefix=_RESIDUAL)
         if len(residual) > 1:
             self._manager.set_Bn_encoder_buffer(residual[1], prefix=_RESIDUAL)
+        for calibrator in (context.calibrator, context.encoder_calibrator):
+            _drop_previous(calibrator)
         # The calibrators hold the same tensor; this name makes it readable without extrapolating.
         for index, stream in enumerate(residual):
             self._manager.set_buffer(f"slipstream_{index}", stream)
@@ -180,6 +182,18 @@ class CacheDitEngine:
         if name == "foca":
             return self._caching.FoCaCalibratorConfig()
         return self._caching.DMDCalibratorConfig() if name == "dmd" else None
+
+
+def _drop_previous(calibrator: Any) -> None:
+    """Let go of the differences that TaylorSeer has used up.
+
+    Its update() copies dY_current to dY_prev before it reads dY_prev, so what lies there in between
+    is one more set of states (cache-dit 1.2.3 to 1.5.3, taylorseer.py).
+    """
+    for state in getattr(calibrator, "states", {}).values():
+        held = getattr(state, "state", None)
+        if isinstance(held, dict) and set(held) == {"dY_prev", "dY_current"}:
+            held["dY_prev"] = [None] * len(held["dY_prev"])
 
 
 def _tensors_of(value: Any, depth: int = 8) -> list[torch.Tensor]:

@@ -42,8 +42,10 @@ def section(
         "decisions": [_entry(event) for event in events],
     }
     speed = f", est. {(computed + skipped) / computed:.1f}x fewer {unit}" if computed else ""
+    calibrator = settings["calibrator"]
+    name = strategy if calibrator in ("none", strategy) else f"{strategy} with {calibrator}"
     line = (
-        f"{strategy}: {hits}/{num_evaluations} evaluations reused{speed}, "
+        f"{name}: {hits}/{num_evaluations} evaluations reused{speed}, "
         f"peak {peak_bytes / 2**20:.1f} MB, engine {engine}"
     )
     figures: list[Grid | Curve] = []

@@ -224,7 +224,8 @@ def settle(config: CacheConfig, strategy: str, model: Model, run: Run) -> CacheC
         run.note("cfg_mode is separate: MultiGPU CFG split runs the branches side by side")
     if strategy == "fastercache-cfg":
         changes["cfg_mode"] = "separate"
-    if strategy == "taylorseer" and config.calibrator == "none":
+    by_auto = config.strategy == "auto" and strategy == "cache-dit"
+    if config.calibrator == "none" and (by_auto or strategy == "taylorseer"):
         changes["calibrator"] = "taylorseer"
     if strategy == "teacache":
         coefficients = coefficients_of(model.network)

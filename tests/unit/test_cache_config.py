@@ -7,11 +7,11 @@ from slipstream.backends.cache.config import PRESETS, STRATEGIES, CacheConfig, f
 
 # ratio: (threshold, max_continuous, front_blocks, compute_share, deep_interval)
 TABLE = {
-    0.0: (0.04, 1, 8, 0.75, 2),
-    0.25: (0.08, 2, 4, 0.6325, 3),
-    0.5: (0.15, 3, 2, 0.515, 3),
-    0.75: (0.24, 4, 1, 0.3975, 4),
-    1.0: (0.40, 6, 1, 0.28, 5),
+    0.0: (0.06, 1, 8, 0.75, 2),
+    0.25: (0.12, 2, 4, 0.6325, 3),
+    0.5: (0.24, 3, 2, 0.515, 3),
+    0.75: (0.35, 4, 1, 0.3975, 4),
+    1.0: (0.50, 6, 1, 0.28, 5),
 }
 
 

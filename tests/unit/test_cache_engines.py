@@ -203,3 +203,18 @@ def test_interval_engine_computes_every_nth():
             engine.store(KEY, (torch.zeros(1),))
         log.append(int(reuse))
     assert log == [0, 1, 1] * 3
+
+
+@needs_cache_dit
+def test_cache_dit_holds_no_more_for_taylorseer_than_the_built_in_engine():
+    held = []
+    config = CacheConfig(residual_diff_threshold=0.5, calibrator="taylorseer")
+    for engine in (BuiltinEngine(config), cachedit.CacheDitEngine(config)):
+        for evaluation, (metric, residual) in enumerate(recorded(1, num=8)):
+            engine.begin(KEY, evaluation)
+            engine.settle(KEY, False)
+            engine.observe(KEY, False, metric)
+            engine.store(KEY, residual)
+        held.append(engine.nbytes())
+        engine.close()
+    assert held[0] == held[1] == (48 + 2 * (48 + 24)) * 4

@@ -22,6 +22,7 @@ from typing import Any
 
 from .environment import environment
 from .paired import AGAIN, BASELINE, noise_band, ratio, take_turns, verdict
+from .parallel_page import parallel_page
 from .server import Server
 from .setup_env import PACK_ROOT, SetupError, find_comfyui
 
@@ -199,6 +200,7 @@ def main() -> int:
     }  # fmt: skip
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "parallel.json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+    (options.out / "parallel.md").write_text(parallel_page(found), "utf-8")
     for row in rows:
         print(said(row))
     return 0

@@ -13,6 +13,7 @@ from .layouts import GROUP, UNSIGNED_SHIFT, fp4_codes, fp4_values
 
 FP8_MAX, FP4_MAX = 448.0, 6.0
 _SEARCH = (1.0, 0.95, 0.9, 0.85, 0.8)  # shares of the largest value that a group scale may cover
+_BLOCK_ELEMENTS = 1 << 17  # half a MB of fp32
 _OVERSAMPLING, _POWER_ITERATIONS = 16, 2
 
 
@@ -30,14 +31,14 @@ class Codes:
 
     def dense(self) -> torch.Tensor:
         """The fp32 weight [N, K] that the codes stand for."""
-        num_rows, num_columns = self.codes.shape
-        if self.scale.element_size() == 1:
-            values = fp4_values(self.codes)
-        else:
-            values = self.codes.float()
-        groups = values.view(num_rows, self.scale.shape[1], -1)
-        scaled = groups * (self.scale.float() * self.tensor).unsqueeze(-1)
-        return scaled.view(num_rows, num_columns)
+        is_fp4 = self.scale.element_size() == 1
+        dense = torch.empty(self.codes.shape, device=self.codes.device)
+        for rows in _row_blocks(self.codes):
+            codes = self.codes[rows]
+            values = fp4_values(codes) if is_fp4 else codes.float()
+            factor = (self.scale[rows].float() * self.tensor).unsqueeze(-1)
+            dense[rows] = (values.view(*factor.shape[:2], -1) * factor).flatten(1)
+        return dense
 
 
 @dataclass(frozen=True)
@@ -54,18 +55,32 @@ class Quantised:
         return self.codes.dense() / self.smooth.float() + self.up.float() @ self.down.float().t()
 
 
+def _row_blocks(weight: torch.Tensor) -> list[slice]:
+    """Ranges of rows that fit a CPU's cache: several passes over each are then cheap."""
+    height = max(_BLOCK_ELEMENTS // weight.shape[1], 1) if weight.device.type == "cpu" else 1 << 30
+    return [slice(start, start + height) for start in range(0, weight.shape[0], height)]
+
+
 def round_int4(
     weight: torch.Tensor, *, search: bool = False, dtype: torch.dtype = torch.bfloat16
 ) -> Codes:
     """Nearest int4 codes in groups of 64 input channels. search: also tries smaller scales per
     group, which clip the largest values, and keeps the best."""
-    num_rows, num_columns = weight.shape
-    groups = weight.view(num_rows, num_columns // GROUP["int4"], GROUP["int4"])
+    blocks = [_round_int4(weight[rows], search, dtype) for rows in _row_blocks(weight)]
+    return Codes(torch.cat([codes for codes, _ in blocks]), torch.cat([s for _, s in blocks]))
+
+
+def _round_int4(
+    weight: torch.Tensor, search: bool, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    groups = weight.view(weight.shape[0], -1, GROUP["int4"])
     largest = groups.abs().amax(-1).clamp(min=1e-8)
     best: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
     for share in _SEARCH if search else (1.0,):
         scale = (largest * (share / 7)).to(dtype).float().clamp(min=1e-12)
         codes = (groups / scale.unsqueeze(-1)).round_().clamp_(-8, 7)
+        if not search:
+            return codes.view_as(weight).to(torch.int8), scale.to(dtype)
         error = (codes * scale.unsqueeze(-1)).sub_(groups).square_().sum(-1)
         if best is None:
             best = error, codes, scale
@@ -77,19 +92,21 @@ def round_int4(
             torch.where(better, scale, best[2]),
         )
     assert best is not None
-    return Codes(best[1].view(num_rows, num_columns).to(torch.int8), best[2].to(dtype))
+    return best[1].view_as(weight).to(torch.int8), best[2].to(dtype)
 
 
 def round_nvfp4(weight: torch.Tensor) -> Codes:
     """Nearest E2M1 codes in groups of 16 with fp8 scales and one fp32 factor."""
-    num_rows, num_columns = weight.shape
     tensor = max(float(weight.abs().amax()), 1e-12) / (FP8_MAX * FP4_MAX)
-    groups = weight.view(num_rows, num_columns // GROUP["nvfp4"], GROUP["nvfp4"])
-    scale = (groups.abs().amax(-1) / (FP4_MAX * tensor)).clamp(max=FP8_MAX)
-    scale = scale.to(torch.float8_e4m3fn)
-    unit = (scale.float() * tensor).clamp(min=1e-12).unsqueeze(-1)
-    codes = fp4_codes(groups / unit)
-    return Codes(codes.view(num_rows, num_columns), scale, tensor)
+    codes, scales = [], []
+    for rows in _row_blocks(weight):
+        groups = weight[rows].reshape(-1, weight.shape[1] // GROUP["nvfp4"], GROUP["nvfp4"])
+        scale = (groups.abs().amax(-1) / (FP4_MAX * tensor)).clamp(max=FP8_MAX)
+        scale = scale.to(torch.float8_e4m3fn)
+        unit = (scale.float() * tensor).clamp(min=1e-12).unsqueeze(-1)
+        codes.append(fp4_codes(groups / unit).flatten(1))
+        scales.append(scale.view(torch.uint8))
+    return Codes(torch.cat(codes), torch.cat(scales).view(torch.float8_e4m3fn), tensor)
 
 
 def round_awq(

@@ -29,6 +29,7 @@ _HOST = "127.0.0.1"
 _START_TIMEOUT_S = 120
 _LOG_LINES = 20
 _KEY_BYTES = 32
+_FOLDER = "slipstream-workers-"
 
 
 class StartFailed(RuntimeError):  # noqa: N818
@@ -103,7 +104,8 @@ class LocalLauncher:
 
     def __init__(self, program: Path):
         self.program = program
-        self.folder = Path(tempfile.mkdtemp(prefix="slipstream-workers-"))  # mode 0700
+        _remove_stale_folders()
+        self.folder = Path(tempfile.mkdtemp(prefix=f"{_FOLDER}{os.getpid()}-"))  # mode 0700
         self._started = 0
 
     def start(
@@ -151,6 +153,20 @@ class LocalLauncher:
 
     def close(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _remove_stale_folders() -> None:
+    """Folders of processes that were killed before they could remove theirs."""
+    if os.name == "nt":  # no way to ask whether a process exists without harming it
+        return
+    for folder in Path(tempfile.gettempdir()).glob(f"{_FOLDER}*-*"):
+        owner = folder.name.removeprefix(_FOLDER).partition("-")[0]
+        try:
+            os.kill(int(owner), 0)
+        except ProcessLookupError:
+            shutil.rmtree(folder, ignore_errors=True)
+        except (ValueError, PermissionError):
+            continue
 
 
 def worker_environment(inherited: Mapping[str, str], spec: Spec) -> dict[str, str]:

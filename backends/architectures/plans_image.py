@@ -95,6 +95,19 @@ HIDREAM = TokenPlan(
     heads="double_stream_blocks.0.block.attn1.num_heads",
 )
 
+# --- AuraFlow: positions are added before the blocks
+
+AURA_FLOW = TokenPlan(
+    blocks=(
+        Blocks(
+            path="double_layers.*", layout=TXT_IMG, args={"c": TXT, "x": IMG}, define=("c", "x")
+        ),
+        Blocks(path="single_layers.*", layout=TXT_IMG, args={"cx": Tok(1, TXT_IMG)}),
+    ),
+    end=Gather(path="final_linear", args={0: IMG}),
+    heads="double_layers.0.attn.n_heads",
+)
+
 # --- single-stream families
 
 KREA2 = TokenPlan(
@@ -165,6 +178,7 @@ PLANS = {
     "MageFlowTransformer2DModel": QWEN_IMAGE,
     "OpenAISignatureMMDITWrapper": SD3,
     "NextDiT": LUMINA2,
+    "MMDiT": AURA_FLOW,
     "HiDreamImageTransformer2DModel": HIDREAM,
     "SingleStreamDiT": KREA2,
     "Ideogram4Transformer2DModel": IDEOGRAM4,

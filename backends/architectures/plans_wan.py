@@ -1,6 +1,6 @@
 """Token plans of the Wan family (comfy/ldm/wan/model.py, ComfyUI 0.33).
 
-Not here, so refused by name: Animate, HuMo, SCAIL, MultiTalk, Dancer and the causal model.
+Not here, so refused by name: Animate, HuMo, MultiTalk, Dancer and the causal model.
 """
 
 from dataclasses import replace
@@ -43,4 +43,10 @@ VACE = replace(
 )
 S2V = replace(WAN, islands=(Island(path="audio_injector", args={"x": X}, out=X),))
 
-PLANS = {"WanModel": WAN, "VaceWanModel": VACE, "CameraWanModel": WAN, "WanModel_S2V": S2V}
+PLANS = {
+    "WanModel": WAN,
+    "VaceWanModel": VACE,
+    "CameraWanModel": WAN,
+    "WanModel_S2V": S2V,
+    "SCAILWanModel": WAN,  # pose tokens follow those of the video, in the blocks and in freqs
+}

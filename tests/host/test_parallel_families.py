@@ -34,7 +34,7 @@ PLANNED = (
     "flux", "flux_schnell", "flux2", "chroma", "hunyuan_video",
     "qwen_image", "mage_flow", "ltxv", "ltxav", "sd3", "sd35", "lumina2", "z_image", "hidream",
     "cosmos_predict2", "minimax_h3", "krea2", "kandinsky5", "cogvideox", "ideogram4", "lens",
-    "joyimage", "omnigen2",
+    "joyimage", "omnigen2", "aura_flow", "wan_scail",
 )  # fmt: skip
 
 

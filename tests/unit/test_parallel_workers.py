@@ -436,7 +436,25 @@ def test_no_orphan_and_no_meeting_after_sigkill_of_the_parent(pool):
         time.sleep(0.02)
     assert len(orphans) == 2
     assert not any(exists(int(pid)) for pid in orphans)
-    subprocess.run(["rm", "-r", "--", folder], check=True)  # what a killed parent cannot do
+    assert Path(folder).exists(), "a killed parent cannot remove it"
+    LocalLauncher(PROGRAM).close()
+    assert not Path(folder).exists(), "the next one does"
+
+
+def test_an_interrupt_while_workers_start():
+    pool = Pool(lambda: LocalLauncher(PROGRAM))
+    session = Session(pool, 3)
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    object.__setattr__(session.state.shared, "meanwhile", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        session.call()
+    assert pool.workers == []
+    object.__setattr__(session.state.shared, "meanwhile", lambda: None)
+    assert close(session.call(), session.expected())
+    pool.close()
 
 
 def test_a_worker_that_does_not_start_shows_its_log(tmp_path):

@@ -221,7 +221,8 @@ def test_the_guide_shows_the_real_file():
     example = (PACK_ROOT / "backends" / "architectures" / "aura_flow.py").read_text()
     tiny = (PACK_ROOT / "tests" / "tiny_more.py").read_text()
     blocks = [block.partition("\n")[2] for block in guide.split("```python")[1:]]
-    facts, model = (block.partition("```")[0] for block in blocks)
+    facts, model, plan = (block.partition("```")[0] for block in blocks)
     assert facts == example
     assert model in tiny
+    assert plan in (PACK_ROOT / "backends" / "architectures" / "plans_image.py").read_text()
     assert len(facts.splitlines()) + 2 + len(model.splitlines()) < 40

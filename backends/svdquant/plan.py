@@ -185,8 +185,7 @@ class _Planner:
         for name in sorted(self.names - self.used):
             target = self.family.written(self.renamed(name))
             swapped = name.rpartition(".")[0] in self.family.swapped
-            entry = self.header.tensors[self.prefix + name]
-            yield Copy(source=name, target=target, shape=entry.shape, swapped=swapped)
+            yield Copy(source=name, target=target, shape=self.shape(name), swapped=swapped)
 
     def renamed(self, name: str) -> str:
         for block in self.family.blocks:

@@ -52,7 +52,8 @@ def test_ranks_agree_with_one(family):
 
 
 def test_every_plan_is_run_here():
-    assert {type(plain(family).network).__name__ for family in PLANNED} == set(PLANS)
+    ours = set(PLANS) - {"FakeTokenNet"}  # the fake workers of other tests bring that one
+    assert {type(plain(family).network).__name__ for family in PLANNED} == ours
 
 
 @pytest.mark.parametrize("heads", [2, 5])

@@ -1,8 +1,8 @@
 """CacheConfig: one parameter set for every caching strategy, checked once, with a JSON round trip.
 
 `from_ratio` makes one from a single speed-against-fidelity number (the SlipstreamCache node),
-`from_preset` from a name (SlipstreamCacheDiT). The numbers behind the ratio are start values that
-have not been calibrated on real weights. Field names follow cache-dit's DBCache.
+`from_preset` from a name (SlipstreamCacheDiT). The numbers behind the ratio were looked at on the
+trained demo model only, never on large models. Field names follow cache-dit's DBCache.
 """
 
 import json
@@ -32,8 +32,8 @@ SCM_POLICIES = ("dynamic", "static")
 MAX_THRESHOLD = 0.99  # cache-dit reads 1.0 as "always reuse, do not compare"
 
 _RATIOS = (0.0, 0.25, 0.5, 0.75, 1.0)
-# The middle is SGLang's default (F1 B0 W4 R.24 MC3); on the trained demo model it reuses 8 of 20
-# evaluations at 49 dB (docs/caching.md).
+# The middle is SGLang's default (F1 B0 W4 R.24 MC3); docs/benchmarks/quality.md has the curve on the
+# trained demo model. On large models: unverified.
 _THRESHOLD = (0.06, 0.12, 0.24, 0.35, 0.50)
 _MAX_CONTINUOUS = (1, 2, 3, 4, 6)
 _FRONT_BLOCKS = (8, 4, 2, 1, 1)

@@ -3,6 +3,7 @@
 import json
 
 from comfy_home import PACK_ROOT
+from slipstream.backends.cache.config import CacheConfig
 from slipstream.bench import cache_pages
 
 FOLDER = PACK_ROOT / "docs" / "benchmarks"
@@ -39,3 +40,19 @@ def test_a_changed_model_and_a_failure_cannot_be_overlooked():
     assert "- a, flux: ImportError: gone" in text
     assert "**changed**" in text
     assert "**another image**" in text
+
+
+def test_the_guide_shows_the_measured_table_and_the_ratio_table_of_the_code():
+    guide = (PACK_ROOT / "docs" / "caching.md").read_text("utf-8")
+    page = cache_pages.peers_page(found("cache-peers"))
+    rows = [line for line in page.splitlines() if line.startswith(("| ", "- "))]
+    assert len(rows) > 12
+    assert [row for row in rows if row not in guide] == []
+
+    configs = [CacheConfig.from_ratio(ratio) for ratio in (0, 0.25, 0.5, 0.75, 1)]
+    thresholds = " | ".join(f"{c.residual_diff_threshold:.2f}"[1:] for c in configs)
+    streaks = " | ".join(str(c.max_continuous_cached_steps) for c in configs)
+    shares = " | ".join(f"{c.compute_share + 1e-9:.2f}"[1:] for c in configs)
+    intervals = " | ".join(str(c.deep_interval) for c in configs)
+    for row in (thresholds, streaks, shares, intervals):
+        assert f"| {row} |" in guide

@@ -67,6 +67,11 @@ class SequenceParallel:
         if reason is None:
             assert isinstance(recipe, worker_host.Recipe)
             reason, model = _model(run.patcher, recipe)
+        if self.config.cfg == 2 and isinstance(techniques, dict) and "cache" in techniques:
+            run.note(
+                "cfg 2 has no use beside the block cache, which decides for both prompts: half of "
+                "the workers have nothing to do. Set cfg to 0 or 1."
+            )
         if reason is not None:
             run.note(reason)
             return ParallelRun(run, self.config, None, reason)
@@ -169,7 +174,10 @@ def diffusion_model(executor: Any, *args: Any, **kwargs: Any) -> Any:
     state = _state(call_options(args, kwargs))
     if state is None:
         return executor(*args, **kwargs)
-    call = NetworkCall.of(executor.original, args, kwargs)
+    try:
+        call = NetworkCall.of(executor.original, args, kwargs)
+    except Unsupported as error:
+        return state.alone(str(error), lambda: executor(*args, **kwargs))
     return state.call(executor, call, executor.original.__name__)
 
 

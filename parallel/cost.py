@@ -1,6 +1,5 @@
 """Whether sharing pays, from one shared call's times, its bytes and the measured link speed."""
 
-import time
 from dataclasses import dataclass
 
 from .comm import Clock
@@ -64,7 +63,7 @@ class Meter:
     """What a clock has counted since this object was made."""
 
     def __init__(self, clock: Clock):
-        self._clock, self._started = clock, time.perf_counter()
+        self._clock = clock
         self._seconds, self._bytes = clock.seconds(), clock.bytes_sent
 
     def seconds(self) -> dict[str, float]:
@@ -75,10 +74,10 @@ class Meter:
         return self._clock.bytes_sent - self._bytes
 
     def measured(self, tokens: int, link_bytes_per_s: float) -> Measured:
-        """One call that began when this object was made and has ended now."""
+        """The call that was made since."""
         spent = self.seconds()
         return Measured(
-            total_s=time.perf_counter() - self._started,
+            total_s=spent.get("call", 0.0),
             exchange_s=spent.get("exchange", 0.0) + spent.get("gather", 0.0),
             broadcast_s=spent.get("broadcast", 0.0),
             bytes_sent=self.bytes_sent(),

@@ -6,7 +6,7 @@ drops the groups, keeps the workers that answer and raises the first cause; the 
 with new groups, and new workers where some were lost.
 """
 
-import itertools
+import logging
 import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -41,9 +41,11 @@ from .wire import Meta
 from .workers import Meanwhile, Worker, WorkerError, ask, collect, failure, recover
 
 _LOAD_TIMEOUT_S = 1800  # a worker that dies while it loads is noticed at once
+_QUIET_TIMEOUT_S = 10
 _MAX_GRACE_S = 10
 _MAX_MODELS = 4
 _PROBE_BYTES = 1 << 21
+log = logging.getLogger("slipstream")
 WORKER_PROGRAM = Path(__file__).with_name("start_worker.py")
 
 
@@ -119,7 +121,9 @@ class Pool:
         lacking = [w for w in workers if key not in w.models]
         for worker in lacking:
             if len(worker.models) >= _MAX_MODELS:  # the first one is the least recently used
-                self._tell(worker, Unload(next(iter(worker.models))), meanwhile)
+                oldest = next(iter(worker.models))
+                ask([worker], Unload(oldest), timeout_s=_LOAD_TIMEOUT_S, meanwhile=meanwhile)
+                del worker.models[oldest]
         ask(lacking, model.load, timeout_s=_LOAD_TIMEOUT_S, meanwhile=meanwhile)
         for worker in lacking:
             worker.models[key] = None
@@ -134,13 +138,6 @@ class Pool:
                 worker.models[key] = model.version
         for worker in workers:  # now the most recently used
             worker.models[key] = worker.models.pop(key)
-
-    def _tell(self, worker: Worker, message: Message, meanwhile: Meanwhile = None) -> None:
-        ask([worker], message, timeout_s=_LOAD_TIMEOUT_S, meanwhile=meanwhile)
-        if isinstance(message, Unload):
-            worker.models = {
-                k: v for k, v in worker.models.items() if message.key and k != message.key
-            }
 
     # --- groups
 
@@ -267,11 +264,14 @@ class Pool:
 
     def end_run(self) -> None:
         """Tell the workers that a sampling run is over."""
-        for worker in self.workers:
-            try:
-                self._tell(worker, EndRun())
-            except (ChannelClosed, TimeoutError, WorkerError, TransportError):
-                continue  # it is replaced when it is needed again
+        self._tell_quietly(self.workers, EndRun())
+
+    def _tell_quietly(self, workers: Sequence[Worker], message: Message) -> None:
+        """Outside of a run nobody could be shown a fault: a lost worker is replaced later."""
+        try:
+            ask(workers, message, timeout_s=_QUIET_TIMEOUT_S)
+        except (ChannelClosed, TimeoutError, WorkerError, TransportError) as error:
+            log.info("%s", self._recover(error, _QUIET_TIMEOUT_S))
 
     def follow(self, model: Any, key: str) -> None:
         """Drop the model on all workers too, at the next opportunity, when `model` is freed."""
@@ -288,13 +288,11 @@ class Pool:
         in_use = set().union(*self._followed.values()) - {key}
         keys = self._to_unload - in_use
         self._to_unload.clear()
-        for worker, one in itertools.product(self.workers, keys):
-            if one not in worker.models:
-                continue
-            try:
-                self._tell(worker, Unload(one))
-            except (ChannelClosed, TimeoutError, WorkerError, TransportError):
-                continue  # it is replaced when it is needed again
+        for one in keys:
+            having = [w for w in self.workers if one in w.models]
+            self._tell_quietly(having, Unload(one))
+            for worker in having:
+                worker.models.pop(one, None)
 
     def close(self) -> None:
         """End all workers."""

@@ -16,7 +16,6 @@ class Counts:
     local: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
     layouts: dict[Layout, int] = field(default_factory=dict)
-    total_s: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
     bytes_sent: int = 0
     devices: tuple[str, ...] = ()
@@ -32,7 +31,8 @@ def section(counts: Counts) -> Section:
     layout = max(counts.layouts, key=lambda one: counts.layouts[one], default=Layout())
     exchange = counts.seconds.get("exchange", 0.0) + counts.seconds.get("gather", 0.0)
     broadcast = counts.seconds.get("broadcast", 0.0)
-    compute = max(counts.total_s - exchange - broadcast, 0.0)
+    total = counts.seconds.get("call", 0.0)
+    compute = max(total - exchange - broadcast, 0.0)
     found: dict[str, Any] = {
         "workers": counts.workers,
         "ulysses": layout.ulysses,
@@ -50,10 +50,11 @@ def section(counts: Counts) -> Section:
         "devices": list(counts.devices),
         "link_bytes_per_s": counts.link_bytes_per_s,
     }
-    return Section(found, tuple(_lines(counts, layout, exchange, broadcast)))
+    share = (exchange + broadcast) / max(total, 1e-9)
+    return Section(found, tuple(_lines(counts, layout, share)))
 
 
-def _lines(counts: Counts, layout: Layout, exchange: float, broadcast: float) -> list[str]:
+def _lines(counts: Counts, layout: Layout, share: float) -> list[str]:
     if counts.workers == 1 and not counts.local:
         return []
     total = counts.shared + counts.local
@@ -61,7 +62,6 @@ def _lines(counts: Counts, layout: Layout, exchange: float, broadcast: float) ->
         return [f"parallel: one device for {counts.local} calls"]
     head = f"parallel: {counts.shared}/{total} calls over {counts.workers} processes ({layout})"
     if counts.shared:
-        share = (exchange + broadcast) / max(counts.total_s, 1e-9)
         head += f", exchange and broadcast {share:.0%} of their time"
     lines = [head]
     lines += [f"on one device, {n} times: {reason}" for reason, n in counts.reasons.items()]

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -105,14 +106,13 @@ class ParallelRun:
         layout = self.layout or self.choose(1)
         reason = self.reason or self._refusal(layout, call)
         if reason:
-            return self._alone(reason, executor, call)
+            return self.alone(reason, partial(call.run, executor))
         assert self.shared is not None
         assert layout is not None
         try:
             encoded, tensors = call.encode(self.shared.plan.rebuilt, dropped=_DROPPED)
         except Unsupported as error:
-            return self._alone(f"{error}, which cannot travel", executor, call)
-        started = time.perf_counter()
+            return self.alone(f"{error}, which cannot travel", partial(call.run, executor))
         try:
             with self._barrier():
                 links, message = self._message(layout, call, method, encoded, tensors)
@@ -124,11 +124,9 @@ class ParallelRun:
             if self.baton is not None:
                 raise  # the pair of branches is repeated on one device
             self.stop_sharing(str(error))
-            return self._alone(str(error), executor, call)
+            return self.alone(str(error), partial(call.run, executor))
         self.counts.shared += 1
         self.counts.layouts[layout] = self.counts.layouts.get(layout, 0) + 1
-        if not call.options.get(BRANCH):
-            self.counts.total_s += time.perf_counter() - started
         return out
 
     def _refusal(self, layout: Layout | None, call: NetworkCall) -> str | None:
@@ -195,7 +193,8 @@ class ParallelRun:
         shared = self.shared
         assert shared is not None
         if links.mesh is None:  # the branch is this process alone
-            return call.run(executor)
+            with links.clock.measure("call"):
+                return call.run(executor)
         plan = shared.plan.for_call(call.arguments)
         if id(plan) not in self._bound:
             self._bound[id(plan)] = bind(plan, shared.network)
@@ -207,16 +206,20 @@ class ParallelRun:
             local_control(part, call.arguments),
             {**call.options, OVERRIDE: own, "prefetch_dynamic_vbars": False},
         )
-        meter = Meter(links.clock)
+        is_judged = self.counts.shared + 1 == _JUDGED_CALL
+        meter = Meter(links.clock) if is_judged else None  # reading a clock waits for the device
         self.decisions.mesh = links.mesh
         try:
-            timeout_s = self.config.timeout_s
-            with shared.pool.share(links, message, tensors, timeout_s=timeout_s), installed(part):
+            with (
+                links.clock.measure("call"),
+                shared.pool.share(links, message, tensors, timeout_s=self.config.timeout_s),
+                installed(part),
+            ):
                 out = local.run(executor)
         finally:
             self.decisions.mesh = None
         self.decisions.shared()
-        if self.counts.shared + 1 == _JUDGED_CALL:
+        if meter is not None:
             self._judge(links.layout, part, meter)
         return out
 
@@ -241,10 +244,11 @@ class ParallelRun:
         )  # fmt: skip
         return decode(found, received, device=shared.device)
 
-    def _alone(self, reason: str, executor: Callable[..., Any], call: NetworkCall) -> Any:
+    def alone(self, reason: str, function: Callable[[], Any]) -> Any:
+        """A call on rank 0 only, counted with its reason."""
         self.counts.count_local(reason)
         self.decisions.alone()
-        return call.run(executor)
+        return function()
 
     @contextmanager
     def _barrier(self) -> Iterator[None]:

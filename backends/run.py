@@ -21,7 +21,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from . import conflicts, host
-from .offload.watch import MemoryWatch
+from .memory.watch import MemoryWatch
 from .report import RunRecord, Section, fingerprint
 
 TECHNIQUES = "slipstream"  # transformer_options key: technique name -> Technique

@@ -13,7 +13,8 @@ import torch
 
 from ..backends.cache.apply import apply_cache
 from ..backends.cache.config import CacheConfig
-from ..backends.offload import device as counters
+from ..backends.memory import counters
+from ..backends.memory import host as memory
 from ..backends.offload import host
 from ..backends.offload.apply import apply_offload, small_bytes
 from ..backends.offload.budget import buffer_bytes
@@ -34,7 +35,7 @@ def measure(case: Case) -> dict[str, Any]:
     shape = list(case.sizes.values())[len(case.sizes) // 2]
     return {
         "copy_rates": list(host.copy_rates(device)),
-        "weight_bytes": host.weight_bytes(model),
+        "weight_bytes": memory.weight_bytes(model),
         "caps": caps(case, model, shape),
         "times": [times(case, model, name, size) for name, size in case.sizes.items()],
         "equal_bits": equal_bits(case, model, shape, cached=False),
@@ -47,7 +48,7 @@ def measure(case: Case) -> dict[str, Any]:
 def budgeted(model: Any, share: float, prefetch: float) -> Any:
     """`model` with `share` of its weights resident beside the buffers."""
     config = OffloadConfig(mode="manual", vram_budget_gb=1.0, prefetch=prefetch)
-    resident = max(share * host.weight_bytes(model), small_bytes(model))
+    resident = max(share * memory.weight_bytes(model), small_bytes(model))
     budget = (resident + buffer_bytes(model, config)) / GIB
     return apply_offload(
         model, OffloadConfig(mode="manual", vram_budget_gb=budget, prefetch=prefetch)
@@ -107,7 +108,7 @@ def caps(case: Case, model: Any, shape: tuple[int, ...]) -> list[dict[str, Any]]
     sample(case, model, shape)
     full = counters.used_peak(model.load_device)
     assert full is not None
-    activations = max(full - empty - host.resident_bytes(model), 0)
+    activations = max(full - empty - memory.resident_bytes(model), 0)
     found = []
     for share in SHARES:
         management.unload_all_models()
@@ -117,7 +118,7 @@ def caps(case: Case, model: Any, shape: tuple[int, ...]) -> list[dict[str, Any]]
         peak = counters.used_peak(model.load_device)
         assert peak is not None
         fields = latest(one)
-        allowed = empty + activations + min(fields["budget_bytes"], host.placed_bytes(model))
+        allowed = empty + activations + min(fields["budget_bytes"], memory.placed_bytes(model))
         found.append(
             {
                 "share": share,
@@ -126,8 +127,8 @@ def caps(case: Case, model: Any, shape: tuple[int, ...]) -> list[dict[str, Any]]
             }
         )
     sample(case, model, shape)
-    refilled = host.resident_bytes(model) / host.placed_bytes(model)
-    return [*found, {"share": 1.0, "resident_bytes": host.resident_bytes(model),
+    refilled = memory.resident_bytes(model) / memory.placed_bytes(model)
+    return [*found, {"share": 1.0, "resident_bytes": memory.resident_bytes(model),
                      "excess_bytes": 0, "refilled": refilled}]  # fmt: skip
 
 
@@ -136,7 +137,7 @@ def times(case: Case, model: Any, name: str, shape: tuple[int, ...]) -> dict[str
     _, resident = sample(case, model, shape)
     _, core = sample(case, budgeted(model, 0.0, -1), shape)
     _, prefetch = sample(case, budgeted(model, 0.0, 0), shape)
-    copying = host.weight_bytes(model) / host.copy_rates(model.load_device)[0]
+    copying = memory.weight_bytes(model) / host.copy_rates(model.load_device)[0]
     hidden = 1.0 - (prefetch - resident) / copying
     return {
         "size": name,

@@ -5,6 +5,8 @@ from typing import Any
 
 from .. import host as comfy
 from ..architectures import find
+from ..memory import host as memory
+from ..memory.section import gib
 from ..run import CALL, Run, attach, call_options, current
 from . import host
 from .blocks import units_of
@@ -19,7 +21,6 @@ from .budget import (
     why_no_prefetch,
 )
 from .config import GIB, OffloadConfig, OffloadError
-from .memory import gib
 from .state import OffloadState
 from .tuner import Memo
 
@@ -71,7 +72,7 @@ def hook_blocks(executor: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _check_manual(model: Any, config: OffloadConfig) -> None:
     """The two numbers of mode manual are followed exactly, or refused with the fix."""
-    total = host.weight_bytes(model)
+    total = memory.weight_bytes(model)
     if config.budget_bytes is None:
         raise OffloadError(
             f"mode manual needs vram_budget_gb above 0; this model's weights are {gib(total)} GiB."
@@ -100,7 +101,7 @@ def _check_depth(model: Any, config: OffloadConfig) -> None:
     network = comfy.diffusion_model(model)
     depth = config.depth(len({unit.block for unit in units_of(network, find(network))}))
     streams = host.num_offload_streams()
-    if host.is_dynamic(model) and depth > streams - 1:
+    if memory.is_dynamic(model) and depth > streams - 1:
         raise OffloadError(
             f"prefetch {depth} needs ComfyUI started with --async-offload {depth + 1} "
             f"(it has {streams} streams); use prefetch {streams - 1}."

@@ -13,6 +13,7 @@ from typing import Any
 
 from .. import host as comfy
 from ..architectures import find
+from ..memory import host as memory
 from ..run import attached, current, disabled_techniques
 from . import host
 from .blocks import module_sizes, units_of
@@ -41,7 +42,7 @@ def resident_cap(patcher: Any) -> int | None:
         return planned
     budget = config.budget_bytes
     with real_size(patcher):
-        if budget is None or budget >= host.placed_bytes(patcher):
+        if budget is None or budget >= memory.placed_bytes(patcher):
             return None
         return max(budget - buffer_bytes(patcher, config), 0)
 
@@ -54,7 +55,7 @@ def buffer_bytes(patcher: Any, config: OffloadConfig) -> int:
     """
     network = comfy.diffusion_model(patcher)
     units = units_of(network, find(network))
-    dynamic = host.is_dynamic(patcher)
+    dynamic = memory.is_dynamic(patcher)
     if plans_prefetch(patcher, config):
         blocks = {unit.block for unit in units}
         depth = config.depth(len(blocks))
@@ -115,8 +116,8 @@ class BudgetMixin:
         # ComfyUI adds what an unpatch frees to extra_memory, so the clamp is relative to now.
         with real_size(self):
             cap = self.slipstream_cap_bytes = resident_cap(self)
-            if cap is not None and not host.is_dynamic(self):
-                extra_memory = min(extra_memory, cap - host.resident_bytes(self))
+            if cap is not None and not memory.is_dynamic(self):
+                extra_memory = min(extra_memory, cap - memory.resident_bytes(self))
             load = super().partially_load  # type: ignore[misc]
             return load(device_to, extra_memory, *args, **kwargs)
 
@@ -174,7 +175,7 @@ def install(patcher: Any) -> Any:
 
 def on_load(patcher: Any, *_: Any) -> None:
     """ON_LOAD callback: in dynamic mode the cap is set after each load, which had reset it."""
-    if host.is_dynamic(patcher):
+    if memory.is_dynamic(patcher):
         cap = patcher.slipstream_cap_bytes = resident_cap(patcher)
         if cap is not None:
             host.cap_watermark(patcher, cap)

@@ -3,8 +3,9 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..memory.section import GIB
+
 MODES = ("auto", "speed", "memory", "manual", "off")
-GIB = 1 << 30
 
 
 class OffloadError(ValueError):

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from . import device as counters
+from ..memory import counters
+from ..memory import host as memory
 from . import host
 from .blocks import Unit, module_sizes, parts_of, weights_of
 from .config import OffloadConfig
@@ -79,12 +80,12 @@ class Sizes:
 
 def sizes(units: Sequence[Unit], patcher: Any) -> Sizes:
     """What the units hold now. Dynamic: as ComfyUI's order by size places them."""
-    total = host.placed_bytes(patcher)
-    scale = total / max(host.weight_bytes(patcher), 1)
+    total = memory.placed_bytes(patcher)
+    scale = total / max(memory.weight_bytes(patcher), 1)
     modules = [tuple(round(size * scale) for size in module_sizes(unit.module)) for unit in units]
-    if host.is_dynamic(patcher):
+    if memory.is_dynamic(patcher):
         costs = [BlockCost(index=0, modules=one, seconds=0.0) for one in modules]
-        missing = total - host.resident_bytes(patcher)
+        missing = total - memory.resident_bytes(patcher)
         in_units = sum(cost.bytes for cost in costs)
         streamed = largest_first(costs, max(in_units - missing, 0))
     else:
@@ -122,10 +123,10 @@ def device_facts(patcher: Any, measured: Measured, buffers: int, held: Sizes) ->
     return DeviceFacts(
         pinned_rate=pinned_rate * held.per_copied,
         pageable_rate=pageable_rate * held.per_copied,
-        pinned_share=min(host.pinned_bytes(patcher) * held.per_copied / missing, 1.0),
-        room_bytes=free + host.resident_bytes(patcher) + buffers,
+        pinned_share=min(memory.pinned_bytes(patcher) * held.per_copied / missing, 1.0),
+        room_bytes=free + memory.resident_bytes(patcher) + buffers,
         activation_bytes=measured.activation_bytes,
-        reserve_bytes=host.reserve_bytes(),
+        reserve_bytes=memory.reserve_bytes(),
     )
 
 
@@ -170,7 +171,7 @@ def propose(
         step_seconds=outside + calls * plan.forecast.seconds,
         unchanged_seconds=unchanged,
         prefetch_gain=max(1.0 - unchanged / max(measured.step_seconds, 1e-9), 0.0),
-        is_short=host.resident_bytes(patcher) + buffers > facts.weight_bytes,
+        is_short=memory.resident_bytes(patcher) + buffers > facts.weight_bytes,
     )
 
 

@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..memory.section import gib
 from ..report import Section
 from .config import OffloadConfig
-from .memory import gib
 from .plan import MIN_GAIN, OffloadPlan
 
 

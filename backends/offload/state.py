@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import host as comfy
 from ..architectures import find
+from ..memory import host as memory
 from ..report import Section
 from . import host
 from .blocks import units_of
@@ -129,7 +130,7 @@ class OffloadState:
         return self._driver
 
     def _make_prefetch(self) -> BlockDriver:
-        if host.is_dynamic(self._patcher):
+        if memory.is_dynamic(self._patcher):
             return QueueDriver(self._units, self._device)
         depth = self._config.depth(self._num_blocks)
         streamer = Streamer(self._units, self._device, depth=depth)
@@ -159,13 +160,13 @@ class OffloadState:
     def _describe(self, tuner: Tuner) -> None:
         outcome, patcher = self.outcome, self._patcher
         driver = self._driver
-        outcome.manager = "dynamic" if host.is_dynamic(patcher) else "classic"
+        outcome.manager = "dynamic" if memory.is_dynamic(patcher) else "classic"
         outcome.depth = driver.depth if driver is not None else -1
         self._drop_driver()
         outcome.buffer_bytes = max(outcome.buffer_bytes, host.cast_buffer_bytes())
-        outcome.resident_bytes = host.resident_bytes(patcher)
-        outcome.streamed_bytes = host.placed_bytes(patcher) - outcome.resident_bytes
-        outcome.pinned_bytes = host.pinned_bytes(patcher)
+        outcome.resident_bytes = memory.resident_bytes(patcher)
+        outcome.streamed_bytes = memory.placed_bytes(patcher) - outcome.resident_bytes
+        outcome.pinned_bytes = memory.pinned_bytes(patcher)
         budget = self._config.budget_bytes
         outcome.budget_bytes = resident_cap(patcher) if budget is None else budget
         if tuner.latest is not None and tuner.latest.is_staged:

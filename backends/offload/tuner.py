@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import device as counters
+from ..memory import counters
 from . import host, measure
 from .blocks import Unit
 from .config import OffloadConfig

@@ -14,6 +14,7 @@ from fake_models import (
     with_lora,
 )
 from offload_probe import NOTHING, leftovers, offloaded, report, resident_share
+from slipstream.backends.memory import host as memory
 from slipstream.backends.offload import host, stream
 
 DOUBLE = ("dit", "double_block")
@@ -36,7 +37,7 @@ def test_bit_identical_at_every_budget(env, family, kind):
             found = sample(budgeted, family)
             run = report(budgeted)["offload"]
             assert found.equal(full), (share, prefetch, relative_error(found, full))
-            if run["budget_bytes"] < host.placed_bytes(model):
+            if run["budget_bytes"] < memory.placed_bytes(model):
                 assert resident_share(budgeted) <= share + 0.03, (share, prefetch)
                 assert (run["block_copies"] > 0) == (prefetch == 0)
             else:

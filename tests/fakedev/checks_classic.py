@@ -3,6 +3,7 @@
 import pytest
 from fake_models import blocks, load, sample, with_lora
 from offload_probe import offloaded, report
+from slipstream.backends.memory import host as memory
 from slipstream.backends.offload import host
 from slipstream.backends.offload.apply import apply_offload
 from slipstream.backends.offload.blocks import module_sizes
@@ -20,7 +21,7 @@ def test_staged_peak_is_depth_plus_one_blocks(env, depth):
     buffers = report(budgeted)["offload"]["buffer_bytes"]
     aligned = len(list(blocks(model)[0].parameters())) * 1024
     assert (depth + 1) * largest <= buffers <= (depth + 1) * (largest + aligned)
-    assert env.device.peak() - held < buffers + host.weight_bytes(model) // 2
+    assert env.device.peak() - held < buffers + memory.weight_bytes(model) // 2
 
 
 def copied(env, patched, **options):
@@ -40,7 +41,7 @@ def test_every_block_is_copied_once_per_call(env, monkeypatch):
     by_core, by_us = (copied(env, offloaded(model, 0.0, p), **options) for p in (-1, 0))
     sizes = [sum(module_sizes(block)) for block in blocks(model)]
     assert by_us - by_core == pytest.approx(sizes[0], rel=0.01)
-    outside = host.weight_bytes(model) - sum(sizes)
+    outside = memory.weight_bytes(model) - sum(sizes)
     assert 4 * sum(sizes) <= by_core - resident <= 4 * (sum(sizes) + outside)
 
 
@@ -62,7 +63,7 @@ def test_chosen_blocks_are_the_resident_ones(env, monkeypatch):
     monkeypatch.setattr(host, "copy_rates", lambda device: (1e8, 1e8))  # copies stall
     model = load("flux")
     share = 0.9
-    config = OffloadConfig(mode="memory", vram_budget_gb=share * host.weight_bytes(model) / GIB)
+    config = OffloadConfig(mode="memory", vram_budget_gb=share * memory.weight_bytes(model) / GIB)
     patched = apply_offload(model, config)
     sample(patched, "flux", steps=6)
     chosen = report(patched)["offload"]["plan"]["resident_blocks"]

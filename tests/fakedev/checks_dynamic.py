@@ -4,7 +4,7 @@ import fake_vbar
 import pytest
 from fake_models import load, sample
 from offload_probe import offloaded
-from slipstream.backends.offload import host
+from slipstream.backends.memory import host as memory
 from slipstream.backends.offload.apply import apply_offload
 from slipstream.backends.offload.config import OffloadConfig
 
@@ -19,8 +19,8 @@ def test_watermark_is_never_exceeded(env, share, prefetch):
     model = load("wan")
     sample(offloaded(model, share, prefetch), "wan")
     vbar = vbar_of(model)
-    forced = host.forced_bytes(model)
-    cap = share * host.placed_bytes(model)
+    forced = memory.forced_bytes(model)
+    cap = share * memory.placed_bytes(model)
     if share < 1:
         assert vbar.peak_bytes <= max(cap - forced, 0) + fake_vbar.PAGE
     else:

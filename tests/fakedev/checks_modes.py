@@ -12,6 +12,7 @@ from fake_models import blocks, load, relative_error, sample, with_lora
 from offload_probe import NOTHING, leftovers, offloaded, report, resident_share
 from slipstream.backends.cache.apply import apply_cache
 from slipstream.backends.cache.config import CacheConfig
+from slipstream.backends.memory import host as memory
 from slipstream.backends.offload import budget, host
 from slipstream.backends.offload.apply import apply_offload
 from slipstream.backends.offload.config import GIB, OffloadConfig, OffloadError
@@ -23,7 +24,7 @@ STEPS = 6  # enough to measure, plan and judge
 
 
 def in_mode(model, mode, share=0.0, prefetch=0.0):
-    gib = share * host.weight_bytes(model) / GIB
+    gib = share * memory.weight_bytes(model) / GIB
     config = OffloadConfig(mode=mode, vram_budget_gb=gib, prefetch=prefetch)
     return apply_offload(model, config)
 
@@ -181,7 +182,7 @@ def test_other_ways_to_sample(env, options):
 def test_another_model_stays_loaded(env):
     """ComfyUI makes room for the budget, not for the size of the whole model."""
     a, b = load("wan"), load("wan")
-    size = host.weight_bytes(a)
+    size = memory.weight_bytes(a)
     sample(a, "wan")
     env.end_node()
     env.device.total_bytes = env.device.held() + size // 2
@@ -196,7 +197,7 @@ def test_without_the_accounting_the_other_is_evicted(env, monkeypatch):
         pytest.skip("dynamic models give way page by page, not by size")
     monkeypatch.setattr(budget.BudgetMixin, "model_size", lambda self: self.size)
     a, b = load("wan"), load("wan")
-    size = host.weight_bytes(a)
+    size = memory.weight_bytes(a)
     sample(a, "wan")
     env.device.total_bytes = env.device.held() + size // 2
     sample(offloaded(b, 0.1, -1), "wan")
@@ -301,7 +302,7 @@ def test_classic_clone_of_a_dynamic_model_keeps_the_cap(env):
     full = sample(model, "wan")
     env.end_node()
     clone = offloaded(model, 0.3).clone(disable_dynamic=True)
-    assert not host.is_dynamic(clone)
+    assert not memory.is_dynamic(clone)
     assert isinstance(clone, budget.BudgetMixin)
     assert sample(clone, "wan").equal(full)
     assert resident_share(clone) <= 0.3
@@ -310,7 +311,7 @@ def test_classic_clone_of_a_dynamic_model_keeps_the_cap(env):
 def test_every_worker_gets_the_same_budget(env):
     """What rank 0 sends, on a worker: its own model is loaded under it, and without it again."""
     model = load("wan")
-    gib = 0.3 * host.weight_bytes(model) / GIB
+    gib = 0.3 * memory.weight_bytes(model) / GIB
     config = OffloadConfig(mode="manual", vram_budget_gb=gib, prefetch=-1)
     facts = CallFacts(
         run=1, sigmas=(1.0, 0.0), techniques={"offload": config_fields(config)}, index=0, step=0,
@@ -357,14 +358,14 @@ def test_memory_section(env):
     model = load("wan")
     patched = offloaded(model, 0.3)
     sample(patched, "wan")
-    memory = report(patched)["memory"]
-    assert memory["total_bytes"] == env.device.total_bytes
-    assert memory["peak_bytes"] >= max(memory["stages"]["load"], memory["stages"]["sampling"])
-    one = next(m for m in memory["models"] if m["kind"] == "diffusion model")
+    found = report(patched)["memory"]
+    assert found["total_bytes"] == env.device.total_bytes
+    assert found["peak_bytes"] >= max(found["stages"]["load"], found["stages"]["sampling"])
+    one = next(m for m in found["models"] if m["kind"] == "diffusion model")
     assert (one["name"], one["manager"]) == ("WanModel", env.manager)
     assert one["resident_bytes"] + one["streamed_bytes"] == one["total_bytes"]
     assert one["streamed_bytes"] > 0
-    (stays,) = memory["could_stay_resident"]
+    (stays,) = found["could_stay_resident"]
     assert "vram_budget_gb" in stays["how"]
     assert stays["bytes"] == one["streamed_bytes"]
     env.end_node()

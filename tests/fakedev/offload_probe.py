@@ -4,7 +4,7 @@ from typing import Any
 
 import fake_vbar
 import torch
-from slipstream.backends.offload import host
+from slipstream.backends.memory import host as memory
 from slipstream.backends.offload.apply import apply_offload, small_bytes
 from slipstream.backends.offload.budget import buffer_bytes
 from slipstream.backends.offload.config import GIB, OffloadConfig
@@ -27,7 +27,7 @@ def offloaded(model: Any, share: float, prefetch: float = 0) -> Any:
 
 
 def resident_share(model: Any) -> float:
-    return host.resident_bytes(model) / host.placed_bytes(model)
+    return memory.resident_bytes(model) / memory.placed_bytes(model)
 
 
 def report(model: Any) -> dict[str, Any]:

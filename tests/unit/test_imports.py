@@ -45,6 +45,7 @@ COMFYUI = {
 # The modules that may touch ComfyUI, and who in parallel/ may use them.
 HOSTS = {
     "backends/host.py",
+    "backends/memory/host.py",
     "backends/offload/host.py",
     "backends/svdquant/host.py",
     "backends/svdquant/host_files.py",
@@ -53,6 +54,9 @@ HOSTS = {
     "backends/worker_host.py",
 }
 HOST_USERS = {"parallel/worker.py", "parallel/apply.py"}
+# Techniques build on what every run and report has (run.py, report.py, memory/, ...), never the
+# other way round.
+TECHNIQUES = {"attention", "cache", "offload", "svdquant"}
 
 
 @dataclass(frozen=True)
@@ -122,10 +126,18 @@ def _relative(path: str, one: Import) -> str | None:
     }.get(own, {own})
     if target not in allowed:
         return f"{own} may import {', '.join(sorted(allowed))} of the pack"
+    if own == "backends" and _technique(one.name) and not _technique(path):
+        return "every run has this module: it may not need a technique"
     is_host = any(f"{one.name}/".startswith(f"{host[:-3]}/") for host in HOSTS)
     if own == "parallel" and is_host and path not in HOST_USERS:
         return "parallel works without the host"
     return None
+
+
+def _technique(path: str) -> str | None:
+    """The technique folder that a path in the pack belongs to."""
+    parts = path.split("/")
+    return parts[1] if len(parts) > 1 and parts[1] in TECHNIQUES else None
 
 
 def _absolute(path: str, one: Import) -> str | None:
@@ -184,6 +196,9 @@ def test_pack_keeps_the_table():
         ("backends/run.py", "import importlib as i\ni.import_module('sageattention')", "optional"),
         ("backends/run.py", "comfy = __import__('comfy')", "only the host modules"),
         ("backends/host.py", "import comfy.ops", "imported when called"),
+        ("backends/run.py", "from .offload.watch import MemoryWatch", "not need a technique"),
+        ("backends/report.py", "from . import cache", "not need a technique"),
+        ("backends/memory/watch.py", "from ..offload import host", "not need a technique"),
         ("parallel/comm.py", "from ..backends import host", "without the host"),
         ("parallel/comm.py", "from ..backends.host import features", "without the host"),
         (
@@ -208,6 +223,7 @@ def test_table_catches(path, source, problem):
         ("backends/host.py", "def f():\n    import comfy.ops"),
         ("backends/attention/op.py", "import math\nimport torch\nfrom ..run import Run"),
         ("backends/attention/op.py", "def f():\n    import sageattention"),
+        ("backends/offload/state.py", "from ..memory import host\nfrom ..run import Run"),
         ("backends/x.py", "if TYPE_CHECKING:\n    import numpy"),
         ("parallel/worker.py", "from ..backends import host, run"),
         ("bench/demo.py", "import aiohttp\nfrom ..nodes import cache"),

@@ -7,8 +7,8 @@ between the run before and this one, so its decode and the text encoding. Holds 
 from typing import Any
 
 from ..report import Section
-from . import device, host
-from .memory import MemoryUse, merged, section
+from . import counters, host
+from .section import MemoryUse, merged, section
 
 
 class MemoryWatch:
@@ -20,14 +20,14 @@ class MemoryWatch:
         self._before = host.loaded_models(patcher)
         self._stages: dict[str, int | None] = {"load": None, "sampling": None, "decode": None}
         if not is_first:
-            self._stages["decode"] = device.used_peak(self._device)
-        device.reset_peak(self._device)
+            self._stages["decode"] = counters.used_peak(self._device)
+        counters.reset_peak(self._device)
 
     def before_call(self) -> None:
         """The first model call ends the load stage."""
         if self._stages["load"] is None:
             self._seen("load")
-            device.reset_peak(self._device)
+            counters.reset_peak(self._device)
 
     def after_call(self) -> None:
         """A model call has ended, or raised."""
@@ -35,7 +35,7 @@ class MemoryWatch:
 
     def section(self) -> Section:
         """Called when sampling is over, before the models are let go."""
-        counted = device.free_and_total(self._device)
+        counted = counters.free_and_total(self._device)
         if counted is not None:
             self._seen("sampling" if self._stages["load"] is not None else "load")
         return section(
@@ -51,10 +51,10 @@ class MemoryWatch:
 
     def close(self) -> None:
         """What comes next is the decode: its peak is counted from here."""
-        device.reset_peak(self._device)
+        counters.reset_peak(self._device)
         self._patcher = None
 
     def _seen(self, stage: str) -> None:
-        used = device.used_peak(self._device)
+        used = counters.used_peak(self._device)
         if used is not None:
             self._stages[stage] = max(used, self._stages[stage] or 0)

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from slipstream.backends.offload.memory import (
+from slipstream.backends.memory.section import (
     GIB,
     LoadedModel,
     MemoryUse,

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
+from ..registry import Choice, reason_against, select
 from .errors import BackendError
 from .kernels import KERNELS, Kernel, LayerRequest
 from .linear import Session
-from .weight import Segment
+from .weight import Facts, Segment
 
 log = logging.getLogger("slipstream")
 FALLBACKS = ("kitchen", "dequant")  # what stands in where the kernel that was asked for cannot
@@ -21,16 +22,21 @@ FALLBACKS = ("kitchen", "dequant")  # what stands in where the kernel that was a
 
 def request_of(segment: Segment, device: torch.device) -> LayerRequest:
     """What the eligibility rules need to know of a segment on a device."""
+    return request_for(segment.facts, segment.dtype, device)
+
+
+def request_for(facts: Facts, dtype: torch.dtype, device: torch.device) -> LayerRequest:
+    """The same before the segment is read."""
     capability = None
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
     return LayerRequest(
-        precision=segment.facts.precision,
+        precision=facts.precision,
         device_type=device.type,
-        dtype=str(segment.dtype).removeprefix("torch."),
-        num_rows=segment.facts.num_rows,
-        num_columns=segment.facts.num_columns,
-        unsigned=segment.facts.unsigned,
+        dtype=str(dtype).removeprefix("torch."),
+        num_rows=facts.num_rows,
+        num_columns=facts.num_columns,
+        unsigned=facts.unsigned,
         capability=capability,
         is_hip=torch.version.hip is not None,
     )
@@ -67,21 +73,20 @@ class Engine:
 
     def choose(self, request: LayerRequest) -> Kernel:
         """The first candidate that can; notes why those before it cannot."""
-        for kernel in self.candidates(request.precision):
-            reason = kernel.available() or kernel.ineligible(request)
-            if reason is None:
-                return kernel
-            if kernel.id not in self.reasons:
-                log.info("SVDQuant %s is not used: %s", kernel.id, reason)
-            self.reasons.setdefault(kernel.id, reason)
-        raise AssertionError("dequant takes every segment")
+        found = select(self.candidates(request.precision), request)
+        assert isinstance(found, Choice), "dequant takes every segment"
+        for name, reason in found.rejected.items():
+            if name not in self.reasons:
+                log.info("SVDQuant %s is not used: %s", name, reason)
+            self.reasons.setdefault(name, reason)
+        return found.candidate
 
     def require(self, requests: list[LayerRequest]) -> None:
         """Raise BackendError if the backend that was asked for can compute none of these."""
         if self.backend == "auto" or not requests:
             return
         kernel = next(k for k in self.kernels if k.id == self.backend)
-        reasons = [kernel.available() or kernel.ineligible(request) for request in requests]
+        reasons = [reason_against(kernel, request) for request in requests]
         if all(reasons):
             raise BackendError(
                 f"backend {self.backend} cannot run this model here: {reasons[0]}. "

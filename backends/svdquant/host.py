@@ -20,12 +20,12 @@ from .host_operations import operations
 from .host_patcher import quantised_layers, with_patcher
 from .layout import wrap
 from .measure import measured_order
+from .segments import FILE_DTYPES
 from .technique import Loaded, SVDQuantTechnique
 from .weight import QuantWeight
 
 RELOADABLE = ("load_svdquant",)  # what a worker process may call
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-FILE_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def load_svdquant(

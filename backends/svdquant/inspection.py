@@ -5,17 +5,18 @@ Numbers come from the tensors; metadata and the file's name are only compared wi
 
 import re
 from collections import Counter
+from dataclasses import astuple
 
 import torch
 
 from .dialects import DIALECTS, Checkpoint
-from .engine import Engine
+from .engine import Engine, request_for
 from .kernels import KERNELS, Kernel, LayerRequest
-from .segments import unsigned_by_topology
+from .segments import FILE_DTYPES, unsigned_by_topology
 from .technique import size_text
+from .weight import Facts
 
 _NAME = re.compile(r"svdq-(int4|fp4)_r(\d+)-")
-_DTYPES = {"BF16": "bfloat16", "F16": "float16"}
 
 
 def inspect_text(checkpoint: Checkpoint, device: torch.device) -> str:
@@ -63,25 +64,12 @@ def doubts(checkpoint: Checkpoint) -> list[str]:
 
 def requests(checkpoint: Checkpoint, device: torch.device) -> list[LayerRequest]:
     """One request per kind of layer in the file, for a device."""
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    unsigned = unsigned_by_topology(checkpoint)
+    unsigned, dtype = unsigned_by_topology(checkpoint), FILE_DTYPES[checkpoint.dtype]
     kinds = {
-        (layer.precision, unsigned[name], layer.num_rows, layer.num_columns)
-        for name, layer in checkpoint.layers.items()
+        Facts(f.precision, 0, f.num_rows, 0, f.num_columns, unsigned[name])
+        for name, f in checkpoint.layers.items()
     }
-    return [
-        LayerRequest(
-            precision=precision,
-            device_type=device.type,
-            dtype=_DTYPES[checkpoint.dtype],
-            num_rows=num_rows,
-            num_columns=num_columns,
-            unsigned=is_unsigned,
-            capability=capability,
-            is_hip=torch.version.hip is not None,
-        )
-        for precision, is_unsigned, num_rows, num_columns in sorted(kinds)
-    ]
+    return [request_for(facts, dtype, device) for facts in sorted(kinds, key=astuple)]
 
 
 def verdict(kernel: Kernel, checkpoint: Checkpoint, device: torch.device) -> str:

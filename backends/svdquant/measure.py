@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import torch
 
+from ..registry import eligible
 from .engine import Engine, request_of
 from .kernels import Kernel
 from .weight import PARTS, QuantWeight, Segment
@@ -34,13 +35,8 @@ def measured_order(
         segment = _moved(weight.segments[0], device)
         x = torch.randn(NUM_ROWS, segment.facts.num_columns, device=device, dtype=segment.dtype)
         request = request_of(segment, device)
-        usable = [
-            kernel
-            for kernel in engine.kernels
-            if kernel.id != "reference"
-            and kernel.available() is None
-            and kernel.ineligible(request) is None
-        ]
+        candidates = [kernel for kernel in engine.kernels if kernel.id != "reference"]
+        usable, _ = eligible(candidates, request)
         order[precision] = fastest(usable, x, segment, engine.reasons, _cuda_seconds)
     return order
 

@@ -10,6 +10,7 @@ from .errors import CheckpointError
 from .file_layers import KITCHEN, LITE, FileLayer
 from .weight import Facts, Segment
 
+FILE_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}  # of Checkpoint.dtype
 _EMPTY_RANK = 16  # kernels want a low-rank branch: a layer without one gets zeros
 
 WithBias = tuple[Segment, "torch.Tensor | None"]

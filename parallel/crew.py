@@ -78,7 +78,10 @@ class Crew:
             atexit.register(self.close)
         specs = [Spec(device=device, num_threads=setting.num_threads) for device in devices]
         handles = self._launcher.start(specs, meanwhile=meanwhile)
-        return [Worker(handle, device) for handle, device in zip(handles, devices, strict=True)]
+        return [
+            Worker(handle, device, idle_s=setting.idle_s)
+            for handle, device in zip(handles, devices, strict=True)
+        ]
 
     def _greet(
         self,

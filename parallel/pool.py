@@ -33,12 +33,11 @@ from .messages import (
     Measure,
     Message,
     Patches,
-    Ping,
     Unload,
 )
 from .watch import Watch
 from .wire import Meta
-from .workers import Meanwhile, Worker, WorkerError, ask, collect, failure, recover
+from .workers import Meanwhile, Worker, WorkerError, ask, collect, failure, is_there, recover
 
 _LOAD_TIMEOUT_S = 1800  # a worker that dies while it loads is noticed at once
 _QUIET_TIMEOUT_S = 10
@@ -97,21 +96,28 @@ class Pool:
         Costs one Ping where everything is in place. Raises WorkerError, StartFailed.
         """
         with self._guarded(setting.timeout_s):
-            if self.crew.require(devices[1:], setting, meanwhile=meanwhile, progress=progress):
-                self._drop_links()
             self._to_unload.discard(model.load.key)
             if self._to_unload:
                 self.unload(self._to_unload.pop())
-            wanted = self.workers[: len(devices) - 1]
-            ask(wanted, Ping(), timeout_s=setting.timeout_s, meanwhile=meanwhile)
+            for _ in range(2):  # again if one has left between two prompts, just as it was asked
+                if self.crew.require(devices[1:], setting, meanwhile=meanwhile, progress=progress):
+                    self._drop_links()
+                wanted = self.workers[: len(devices) - 1]
+                left = [w for w in wanted if not is_there(w, setting.timeout_s, meanwhile)]
+                if not left:
+                    break
             self._load(wanted, model, meanwhile)
 
     def is_ready(self, devices: Sequence[str], model: Model) -> bool:
-        """Whether `prepare` has nothing to do, without asking anybody."""
+        """Whether `prepare` has nothing to do, without asking anybody.
+
+        A worker that may be about to end for idleness has to be asked.
+        """
         wanted = self.workers[: len(devices) - 1]
         return len(wanted) == len(devices) - 1 and all(
             worker.device == device
             and worker.is_alive
+            and not worker.may_have_left
             and worker.models.get(model.load.key) == model.version
             for worker, device in zip(wanted, devices[1:], strict=True)
         )

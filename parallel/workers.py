@@ -14,7 +14,7 @@ import torch
 from .channel import ChannelClosed
 from .comm import TransportError
 from .launcher import Handle
-from .messages import ERROR, PLAN, Done, Exit, Failed, Message
+from .messages import ERROR, PLAN, Done, Exit, Failed, Message, Ping
 from .shards import PlanError
 
 log = logging.getLogger("slipstream")
@@ -29,9 +29,10 @@ class WorkerError(RuntimeError):
 class Worker:
     """One worker: where it is, what it has loaded, how many answers it owes."""
 
-    def __init__(self, handle: Handle, device: str):
-        self.handle, self.device = handle, device
+    def __init__(self, handle: Handle, device: str, *, idle_s: float = 0):
+        self.handle, self.device, self.idle_s = handle, device, idle_s
         self.number = self.num_owed = 0
+        self._last_sent = time.monotonic()
         self.is_started = False  # it has become a ComfyUI
         self.models: dict[str, str | None] = {}  # key -> version of its patches
 
@@ -42,8 +43,14 @@ class Worker:
     def is_alive(self) -> bool:
         return self.handle.exit_code() is None
 
+    @property
+    def may_have_left(self) -> bool:
+        """Whether it has been silent so long that it may be about to end for idleness."""
+        return bool(self.idle_s) and time.monotonic() - self._last_sent > self.idle_s / 2
+
     def send(self, message: Message, tensors: Sequence[torch.Tensor] = ()) -> None:
         self.num_owed += 1
+        self._last_sent = time.monotonic()
         self.handle.channel.send(message, tensors)
 
     def answer(self, timeout_s: float | None, *, meanwhile: Meanwhile = None) -> Done | Failed:
@@ -92,6 +99,16 @@ def ask(
     for worker in asked:
         worker.send(message, tensors)
     return collect(asked, timeout_s=timeout_s, meanwhile=meanwhile)
+
+
+def is_there(worker: Worker, timeout_s: float, meanwhile: Meanwhile) -> bool:
+    """Whether it answers; False if it is gone, which is no fault: it had nothing to do."""
+    try:
+        ask([worker], Ping(), timeout_s=timeout_s, meanwhile=meanwhile)
+    except ChannelClosed:
+        worker.kill()
+        return False
+    return True
 
 
 def collect(

@@ -376,7 +376,7 @@ def test_a_hundred_calls_leave_nothing_behind(pool):
 def test_idle_workers_end_and_come_back():
     pool = Pool(lambda: LocalLauncher(PROGRAM))
     try:
-        idle_s = 2 * patience()
+        idle_s = patience()
         session = Session(pool, 2, idle_s=idle_s)
         session.call()
         (pid,) = pids(pool)
@@ -389,6 +389,58 @@ def test_idle_workers_end_and_come_back():
         assert pids(pool) != [pid]
     finally:
         pool.close()
+
+
+class Unnoticed:
+    """A handle whose process seems to run as long as nobody has tried to talk to it."""
+
+    def __init__(self, handle):
+        self.handle, self.channel, self.is_killed = handle, handle.channel, False
+
+    def __getattr__(self, name):
+        return getattr(self.handle, name)
+
+    def exit_code(self):
+        return self.handle.exit_code() if self.is_killed else None
+
+    def kill(self):
+        self.is_killed = True
+        self.handle.kill()
+
+
+def test_a_worker_that_left_for_idleness_just_as_it_was_asked_is_replaced():
+    pool = Pool(lambda: LocalLauncher(PROGRAM))
+    try:
+        idle_s = patience()
+        session = Session(pool, 3, idle_s=idle_s)
+        session.call()
+        before = pids(pool)
+        deadline = time.monotonic() + 3 * idle_s
+        while any(map(exists, before)) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert not any(map(exists, before))
+        for worker in pool.workers:
+            worker.handle = Unnoticed(worker.handle)
+        assert close(session.call(), session.expected())
+        found = session.state.section().json
+        assert (found["calls_distributed"], found["calls_local"]) == (2, 0)
+        assert not set(before) & set(pids(pool))
+        assert len(pids(pool)) == 2
+    finally:
+        pool.close()
+
+
+def test_a_worker_that_was_busy_lately_is_not_asked_and_its_loss_is_told(pool):
+    """Whoever ends in the middle of a call has not left for idleness: nothing is repeated."""
+    session = Session(pool, 3)
+    session.call()
+    assert not any(worker.may_have_left for worker in pool.workers)
+    pool.workers[0].handle = Unnoticed(pool.workers[0].handle)
+    os.kill(pids(pool)[0], signal.SIGKILL)
+    pool.workers[0].handle.is_killed = False
+    error, _ = fails(session)
+    assert "Worker 1 (cpu) ended with code" in str(error)
+    assert close(session.call(), session.expected())
 
 
 def test_closing_ends_the_processes_and_removes_the_folder():

@@ -87,8 +87,10 @@ def fill(module: torch.nn.Module, seed: int, gain: float = 0.7) -> dict[str, tor
 
     weights = {}
     for name, value in module.state_dict().items():
-        if not value.is_floating_point() or "inv_freq" in name:
+        if not value.is_floating_point():
             weights[name] = value.clone()
+        elif name.endswith("inv_freq"):  # MiniMax-H3 reads its rotary frequencies from the file
+            weights[name] = torch.logspace(0, -4, value.numel()).view(value.shape)
         elif name.endswith("modulation"):
             weights[name] = randn(value, 0.3)
         elif value.ndim >= 2:

@@ -75,7 +75,8 @@ def zero_reuse_sentence(
             f"{strategy} reused nothing: warmup and cooldown cover all steps. "
             "Lower warmup, or use more steps."
         )
-    diffs = sorted(e.decision.diff for e in events if e.decision.diff is not None)
+    known = (e.decision.diff for e in events if e.decision.diff is not None)
+    diffs = sorted(diff for diff in known if math.isfinite(diff))
     if not diffs or threshold is None:
         reasons = sorted({event.decision.reason for event in events})
         return f"{strategy} reused nothing: every call was computed ({', '.join(reasons)})."

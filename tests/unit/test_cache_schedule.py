@@ -103,6 +103,8 @@ def test_zero_reuse_has_a_sentence_for_every_cause():
     assert "differ too much" in too_far
     assert "1.5 to 2" in too_far
     assert "above threshold" in zero_reuse_sentence("pab", events([None] * 3), None, 3)
+    broken = zero_reuse_sentence("fbcache", events([float("nan")] * 3), 0.1, 3)
+    assert "every call was computed" in broken  # a broken picture is reported, never an exception
     assert zero_reuse_sentence("cache-dit", events([0.1, 0.2], reuse=(1,)), 0.15, 2) is None
     assert zero_reuse_sentence("cache-dit", [], 0.1, 3) is None
 

@@ -18,8 +18,8 @@ class SlipstreamSVDQuantLoader(io.ComfyNode):
             category="model/loaders/slipstream",
             description=(
                 "Approximate. Loads a 4-bit SVDQuant file (Nunchaku, Nunchaku Lite, comfy-kitchen) "
-                "of FLUX.1, Qwen-Image or Z-Image as an ordinary MODEL: LoRA, ControlNet and the "
-                "other Slipstream nodes work as on any model."
+                "of FLUX.1, Qwen-Image, Z-Image or SDXL as an ordinary MODEL: LoRA, ControlNet and "
+                "the other Slipstream nodes work as on any model."
             ),
             search_aliases=["nunchaku", "svdq", "int4", "fp4", "nvfp4", "4-bit", "load quantized"],
             is_experimental=True,
@@ -146,9 +146,9 @@ class SlipstreamSVDQuantConvert(io.ComfyNode):
             display_name="Slipstream SVDQuant Convert",
             category="model/loaders/slipstream",
             description=(
-                "Approximate. Quantises a 16-bit FLUX.1, Qwen-Image or Z-Image file to a 4-bit "
-                "SVDQuant file beside it, which SVDQuant Loader and Nunchaku read. One layer is in "
-                "memory at a time. A calibration halves the error of layers with outliers."
+                "Approximate. Quantises a 16-bit FLUX.1, Qwen-Image, Z-Image or SDXL file to a "
+                "4-bit SVDQuant file beside it, which SVDQuant Loader and Nunchaku read. One layer "
+                "is in memory at a time. A calibration halves the error of layers with outliers."
             ),
             search_aliases=["nunchaku convert", "quantize model", "svdquant quantize"],
             is_experimental=True,

@@ -55,6 +55,7 @@ class Writer:
     precision: str = "int4"
     rank: int = 32
     seed: int = 0
+    fp4_rows: bool = False  # nvfp4's factor as wcscales instead of wtscale
     tensors: dict = field(default_factory=dict)
     dense: dict = field(default_factory=dict)
     num: int = 0
@@ -107,7 +108,11 @@ class Writer:
         if self.precision == "nvfp4":
             plain = codes.scale.view(torch.uint8).t().contiguous().view(torch.float8_e4m3fn)
             packed[names["scale"]] = golden.pack_wscales_fp8(plain)
-            packed["wtscale"] = torch.tensor([codes.tensor])
+            if self.fp4_rows:
+                rows = torch.full((codes.codes.shape[0],), codes.tensor)
+                packed["wcscales"] = golden.pack_vector(rows.to(BF16))
+            else:
+                packed["wtscale"] = torch.tensor([codes.tensor])
         else:
             packed[names["scale"]] = golden.pack_wscales(codes.scale.t().contiguous())
         if bias is not None:
@@ -187,7 +192,7 @@ class Writer:
     def plain(self, theirs, ours, *shape, swap=False, ones=False):
         value = (torch.rand(*shape, generator=self.generator) + 0.5) if ones else self.randn(*shape)
         if not ones:
-            value = value * (0.7 / shape[-1] ** 0.5 if len(shape) > 1 else 0.05)
+            value = value * (0.7 / value[0].numel() ** 0.5 if len(shape) > 1 else 0.05)
         value = value.to(BF16)
         self.dense[ours] = value.float()
         stored = torch.cat(value.chunk(2)[::-1]) if swap else value

@@ -1,4 +1,4 @@
-"""FLUX.1, Qwen-Image and Z-Image of one head in every SVDQuant dialect; see svdquant_files."""
+"""Every family at one head (SDXL: two) in every SVDQuant dialect; see svdquant_files."""
 
 import torch
 from svdquant_files import Writer
@@ -9,7 +9,8 @@ HIDDEN = 128
 def write(path, family, dialect, *, precision="int4", rank=32, seed=0, hidden=None, **sizes):
     """Writes the file; returns the dense fp32 model it stands for, under ComfyUI's names."""
     writer = Writer(dialect, precision, rank, seed)
-    build = {"flux": flux, "qwen-image": qwen_image, "z-image": z_image}[family]
+    writer.fp4_rows = family == "sdxl"
+    build = {"flux": flux, "qwen-image": qwen_image, "z-image": z_image, "sdxl": sdxl}[family]
     build(writer, **({"hidden": hidden} if hidden else {}), **sizes)
     writer.save(path)
     return writer.dense
@@ -101,14 +102,7 @@ def flux_double(w, i, hidden):
 
 def separate(w, prefix, names, weight, b):
     """Layers of one input written apart, with one smoothing: (weight, bias) of the fused layer."""
-    smooth = w.smooth(weight.shape[1])
-    parts = [
-        w.svdquant(prefix + name, rows, bias_rows, smooth=smooth)
-        for name, rows, bias_rows in zip(
-            names, weight.chunk(len(names)), b.chunk(len(names)), strict=True
-        )
-    ]
-    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+    return separate_with(w, prefix, names, weight, b, w.smooth(weight.shape[1]))
 
 
 def flux_single(w, i, hidden):
@@ -145,11 +139,14 @@ def flux_single(w, i, hidden):
 
 
 def separate_with(w, prefix, names, weight, b, smooth):
+    count = len(names)
+    biases = [None] * count if b is None else b.chunk(count)
     parts = [
         w.svdquant(prefix + name, rows, bias_rows, smooth=smooth)
-        for name, rows, bias_rows in zip(names, weight.chunk(3), b.chunk(3), strict=True)
+        for name, rows, bias_rows in zip(names, weight.chunk(count), biases, strict=True)
     ]
-    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+    whole = torch.cat([p[0] for p in parts])
+    return whole, None if b is None else torch.cat([p[1] for p in parts])
 
 
 # ---- Qwen-Image ----
@@ -267,3 +264,117 @@ def z_dense(w, name, weight):
     stored = weight.to(torch.bfloat16)
     w.tensors[f"{name}.weight"] = stored
     return stored.float()
+
+
+# ---- SDXL ----
+# diffusers' name, ComfyUI's name, levels whose channels come in (added up), level of the output
+SDXL_RESNETS = (
+    ("down_blocks.0.resnets.0", "input_blocks.1.0", (0,), 0),
+    ("down_blocks.0.resnets.1", "input_blocks.2.0", (0,), 0),
+    ("down_blocks.1.resnets.0", "input_blocks.4.0", (0,), 1),
+    ("down_blocks.1.resnets.1", "input_blocks.5.0", (1,), 1),
+    ("down_blocks.2.resnets.0", "input_blocks.7.0", (1,), 2),
+    ("down_blocks.2.resnets.1", "input_blocks.8.0", (2,), 2),
+    ("mid_block.resnets.0", "middle_block.0", (2,), 2),
+    ("mid_block.resnets.1", "middle_block.2", (2,), 2),
+    ("up_blocks.0.resnets.0", "output_blocks.0.0", (2, 2), 2),
+    ("up_blocks.0.resnets.1", "output_blocks.1.0", (2, 2), 2),
+    ("up_blocks.0.resnets.2", "output_blocks.2.0", (2, 1), 2),
+    ("up_blocks.1.resnets.0", "output_blocks.3.0", (2, 1), 1),
+    ("up_blocks.1.resnets.1", "output_blocks.4.0", (1, 1), 1),
+    ("up_blocks.1.resnets.2", "output_blocks.5.0", (1, 0), 1),
+    ("up_blocks.2.resnets.0", "output_blocks.6.0", (1, 0), 0),
+    ("up_blocks.2.resnets.1", "output_blocks.7.0", (0, 0), 0),
+    ("up_blocks.2.resnets.2", "output_blocks.8.0", (0, 0), 0),
+)
+# the same names, level, number of transformer blocks here (SDXL: 2 and 10)
+SDXL_ATTENTIONS = (
+    ("down_blocks.1.attentions.0", "input_blocks.4.1", 1, 1),
+    ("down_blocks.1.attentions.1", "input_blocks.5.1", 1, 1),
+    ("down_blocks.2.attentions.0", "input_blocks.7.1", 2, 2),
+    ("down_blocks.2.attentions.1", "input_blocks.8.1", 2, 2),
+    ("mid_block.attentions.0", "middle_block.1", 2, 2),
+    ("up_blocks.0.attentions.0", "output_blocks.0.1", 2, 2),
+    ("up_blocks.0.attentions.1", "output_blocks.1.1", 2, 2),
+    ("up_blocks.0.attentions.2", "output_blocks.2.1", 2, 2),
+    ("up_blocks.1.attentions.0", "output_blocks.3.1", 1, 1),
+    ("up_blocks.1.attentions.1", "output_blocks.4.1", 1, 1),
+    ("up_blocks.1.attentions.2", "output_blocks.5.1", 1, 1),
+)
+SDXL_RESAMPLERS = (
+    ("down_blocks.0.downsamplers.0.conv", "input_blocks.3.0.op", 0),
+    ("down_blocks.1.downsamplers.0.conv", "input_blocks.6.0.op", 1),
+    ("up_blocks.0.upsamplers.0.conv", "output_blocks.2.2.conv", 2),
+    ("up_blocks.1.upsamplers.0.conv", "output_blocks.5.2.conv", 1),
+)
+
+
+def sdxl(w, widths=(64, 128, 128), context=96, pooled=64):
+    channels = widths[0]
+    conv(w, "conv_in", "input_blocks.0.0", channels, 4)
+    for theirs, ours, rows, columns in (
+        ("time_embedding.linear_1", "time_embed.0", 4 * channels, channels),
+        ("time_embedding.linear_2", "time_embed.2", 4 * channels, 4 * channels),
+        ("add_embedding.linear_1", "label_emb.0.0", 4 * channels, pooled),
+        ("add_embedding.linear_2", "label_emb.0.2", 4 * channels, 4 * channels),
+    ):
+        w.linear(theirs, ours, rows, columns)
+    for theirs, ours, levels, level in SDXL_RESNETS:
+        inputs = sum(widths[i] for i in levels)
+        sdxl_resnet(w, theirs, ours, inputs, widths[level], 4 * channels)
+    for theirs, ours, level in SDXL_RESAMPLERS:
+        conv(w, theirs, ours, widths[level], widths[level])
+    for theirs, ours, level, depth in SDXL_ATTENTIONS:
+        width = widths[level]
+        norm(w, f"{theirs}.norm", f"{ours}.norm", width)
+        w.linear(f"{theirs}.proj_in", f"{ours}.proj_in", width, width)
+        w.linear(f"{theirs}.proj_out", f"{ours}.proj_out", width, width)
+        for i in range(depth):
+            name = f"transformer_blocks.{i}."
+            sdxl_block(w, f"{theirs}.{name}", f"{ours}.{name}", width, context)
+    norm(w, "conv_norm_out", "out.0", channels)
+    conv(w, "conv_out", "out.2", 4, channels)
+
+
+def conv(w, theirs, ours, rows, columns, size=3):
+    w.plain(f"{theirs}.weight", f"{ours}.weight", rows, columns, size, size)
+    w.plain(f"{theirs}.bias", f"{ours}.bias", rows)
+
+
+def norm(w, theirs, ours, width):
+    w.plain(f"{theirs}.weight", f"{ours}.weight", width, ones=True)
+    w.plain(f"{theirs}.bias", f"{ours}.bias", width)
+
+
+def sdxl_resnet(w, theirs, ours, inputs, outputs, embedding):
+    norm(w, f"{theirs}.norm1", f"{ours}.in_layers.0", inputs)
+    conv(w, f"{theirs}.conv1", f"{ours}.in_layers.2", outputs, inputs)
+    w.linear(f"{theirs}.time_emb_proj", f"{ours}.emb_layers.1", outputs, embedding)
+    norm(w, f"{theirs}.norm2", f"{ours}.out_layers.0", outputs)
+    conv(w, f"{theirs}.conv2", f"{ours}.out_layers.3", outputs, outputs)
+    if inputs != outputs:
+        conv(w, f"{theirs}.conv_shortcut", f"{ours}.skip_connection", outputs, inputs, size=1)
+
+
+def sdxl_block(w, theirs, ours, width, context):
+    native = w.dialect == "comfy-kitchen"
+    block = ours if native else theirs
+    qkv, names = w.weight(3 * width, width), ("to_q", "to_k", "to_v")
+    if native or w.dialect == "nunchaku-lite":
+        pair = separate(w, f"{block}attn1.", names, qkv, None)
+    else:
+        pair = w.svdquant(f"{block}attn1.to_qkv", qkv, None)
+    for name, rows in zip(names, pair[0].chunk(3), strict=True):
+        w.dense[f"{ours}attn1.{name}.weight"] = rows
+    for name, rows, columns in (
+        ("attn1.to_out.0", width, width),
+        ("attn2.to_out.0", width, width),
+        ("ff.net.0.proj", 8 * width, width),
+        ("ff.net.2", width, 4 * width),
+    ):
+        w.keep(ours + name, w.svdquant(block + name, w.weight(rows, columns), bias(w, rows)))
+    w.keep(f"{ours}attn2.to_q", w.svdquant(f"{block}attn2.to_q", w.weight(width, width), None))
+    for name in ("to_k", "to_v"):
+        w.linear(f"{theirs}attn2.{name}", f"{ours}attn2.{name}", width, context, bias=False)
+    for i in (1, 2, 3):
+        norm(w, f"{theirs}norm{i}", f"{ours}norm{i}", width)

@@ -4,7 +4,6 @@
 key of the file is used or named in an error; every layer of a block is found or named.
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -79,9 +78,8 @@ class _Assembler:
                 yield target, tensor
 
     def num_blocks(self, block: Block) -> int:
-        pattern = re.compile(re.escape(block.source) + r"\.(\d{1,6})\.")
         names = (*self.checkpoint.layers, *self.checkpoint.dense)
-        found = {int(match.group(1)) for match in map(pattern.match, names) if match}
+        found = {place[0] for name in names if (place := block.in_source(name))}
         missing = set(range(max(found, default=-1) + 1)) - found
         if missing:
             raise CheckpointError(

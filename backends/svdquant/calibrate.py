@@ -45,26 +45,18 @@ def recorded_layers(network: torch.nn.Module) -> dict[str, torch.nn.Module]:
         raise ValueError(
             f"SVDQuant Calibrate knows {SUPPORTED}; this model is {type(network).__name__}."
         )
-    wanted = _targets(family)
-    layers = {n: m for n, m in modules.items() if _pattern(n) in wanted}
+    layers = {name: module for name, module in modules.items() if _is_smoothed(family, name)}
     if any(getattr(module, "quantised", False) for module in layers.values()):
         raise ValueError("This model is 4-bit already: calibrate the 16-bit model.")
     return layers
 
 
-def _targets(family: Family) -> set[str]:
-    return {
-        f"{block.target}.*.{layer.target}"
-        for block in family.blocks
-        for layer in block.layers
-        if not layer.chunks
-    }
-
-
-def _pattern(name: str) -> str:
-    block, _, rest = name.partition(".")
-    index, _, inner = rest.partition(".")
-    return f"{block}.*.{inner}" if index.isdigit() else name
+def _is_smoothed(family: Family, name: str) -> bool:
+    for block in family.blocks:
+        place = block.in_target(name)
+        if place is not None:
+            return any(layer.target == place[1] and not layer.chunks for layer in block.layers)
+    return False
 
 
 def check_same_model(

@@ -237,7 +237,10 @@ def packed_layer(
         "down": layouts.down_to_file(quantised.down.to(DTYPE)),
         "up": layouts.up_to_file(quantised.up.to(DTYPE)),
     }
-    if is_fp4:
+    if is_fp4 and family.fp4_rows:
+        rows = torch.full((codes.codes.shape[0],), codes.tensor, dtype=torch.float32)
+        parts["rows"] = layouts.vector_to_file(rows.to(DTYPE))
+    elif is_fp4:
         parts["tensor"] = torch.tensor([codes.tensor], dtype=torch.float32)
     if bias is not None:
         parts["bias"] = layouts.vector_to_file(bias.to(DTYPE))

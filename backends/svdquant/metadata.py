@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from .config import ConvertConfig
-from .families.data import Shapes
+from .families.data import Shapes, num_blocks
 from .header import Header
 from .layouts import GROUP
 from .plan import Plan
@@ -46,9 +46,6 @@ def _comfy_config(shapes: Shapes) -> dict[str, Any]:
     hidden, in_channels = shapes["img_in.weight"]
     head = shapes["double_blocks.0.img_attn.norm.query_norm.weight"][0]
 
-    def count(block: str) -> int:
-        return len({name.split(".")[1] for name in shapes if name.startswith(block + ".")})
-
     model = {
         "image_model": "flux",
         "in_channels": in_channels // 4,
@@ -59,8 +56,8 @@ def _comfy_config(shapes: Shapes) -> dict[str, Any]:
         "hidden_size": hidden,
         "mlp_ratio": shapes["double_blocks.0.img_mlp.0.weight"][0] / hidden,
         "num_heads": hidden // head,
-        "depth": count("double_blocks"),
-        "depth_single_blocks": count("single_blocks"),
+        "depth": num_blocks(shapes, "double_blocks"),
+        "depth_single_blocks": num_blocks(shapes, "single_blocks"),
         "axes_dim": [16, 56, 56],
         "theta": 10000,
         "qkv_bias": True,

@@ -5,7 +5,6 @@ the target (rows or columns of the stack). Sizes are known before anything is co
 target's header is written first and its layers follow one by one.
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -109,8 +108,7 @@ class _Planner:
 
     def jobs(self) -> Iterator[Job]:
         for block in self.family.blocks:
-            pattern = re.compile(re.escape(block.target) + r"\.(\d{1,6})\.")
-            found = {int(m.group(1)) for m in map(pattern.match, self.names) if m}
+            found = {place[0] for name in self.names if (place := block.in_target(name))}
             for index in sorted(found):
                 yield from self.block(block, index)
 
@@ -189,13 +187,13 @@ class _Planner:
 
     def renamed(self, name: str) -> str:
         for block in self.family.blocks:
-            match = re.match(re.escape(block.target) + r"\.(\d{1,6})\.(.+)$", name)
-            if match is None:
+            place = block.in_target(name)
+            if place is None:
                 continue
+            index, inner = place
             for theirs, ours in block.copies:
-                if match.group(2).startswith(ours + "."):
-                    rest = match.group(2)[len(ours) :]
-                    return f"{block.source}.{match.group(1)}.{theirs}{rest}"
+                if inner.startswith(ours + "."):
+                    return f"{block.source}.{index}.{theirs}{inner[len(ours) :]}"
         for theirs, ours in self.family.rest:
             if not theirs:
                 return name
@@ -244,7 +242,10 @@ def _layer_tensors(
             "up": ("BF16", (num_rows, config.rank)),
         }
         if config.precision == "nvfp4":
-            shapes["tensor"] = ("F32", (1,))
+            if family.fp4_rows:
+                shapes["rows"] = ("BF16", (num_rows,))
+            else:
+                shapes["tensor"] = ("F32", (1,))
         suffixes = SUFFIXES[family.dialect]
     if job.has_bias:
         shapes["bias"] = ("BF16", (num_rows,))

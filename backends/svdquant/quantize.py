@@ -96,8 +96,9 @@ def _round_int4(
 
 
 def round_nvfp4(weight: torch.Tensor) -> Codes:
-    """Nearest E2M1 codes in groups of 16 with fp8 scales and one fp32 factor."""
-    tensor = max(float(weight.abs().amax()), 1e-12) / (FP8_MAX * FP4_MAX)
+    """Nearest E2M1 codes in groups of 16 with fp8 scales and one factor."""
+    largest = torch.tensor(max(float(weight.abs().amax()), 1e-12) / (FP8_MAX * FP4_MAX))
+    tensor = float(largest.bfloat16())  # some files hold it in 16 bits
     codes, scales = [], []
     for rows in _row_blocks(weight):
         groups = weight[rows].reshape(-1, weight.shape[1] // GROUP["nvfp4"], GROUP["nvfp4"])

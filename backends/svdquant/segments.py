@@ -7,6 +7,7 @@ import torch
 from . import layouts
 from .dialects import Checkpoint
 from .errors import CheckpointError
+from .families import Block
 from .file_layers import KITCHEN, LITE, FileLayer
 from .weight import Facts, Segment
 
@@ -154,17 +155,16 @@ def _finite(tensor: torch.Tensor) -> bool:
 
 def unsigned_by_topology(checkpoint: Checkpoint) -> dict[str, bool]:
     """Layer name -> whether its input is shifted, as the reader will decide it."""
-    pieces = {
-        f"{block.source}.{piece.name}"
-        for block in checkpoint.family.blocks
-        for layer in block.layers
-        for piece in (p for row in layer.choices[0] for p in row)
-        if piece.unsigned
-    }
     found = {}
     for name, layer in checkpoint.layers.items():
-        block, _, rest = name.partition(".")
-        inner = rest.partition(".")[2]
-        stated = f"{block}.{inner}" in pieces if layer.unsigned is None else layer.unsigned
+        stated = layer.unsigned
+        if stated is None:
+            stated = any(_is_unsigned(block, name) for block in checkpoint.family.blocks)
         found[name] = stated and layer.precision == "int4"
     return found
+
+
+def _is_unsigned(block: Block, name: str) -> bool:
+    place = block.in_source(name)
+    pieces = (p for layer in block.layers for row in layer.choices[0] for p in row)
+    return place is not None and any(p.unsigned and p.name == place[1] for p in pieces)

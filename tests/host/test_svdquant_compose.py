@@ -144,7 +144,8 @@ def test_calibrate_refuses_and_records(tmp_path, model):
 
     with pytest.raises(ValueError, match="4-bit already: calibrate the 16-bit model"):
         apply_calibrate(model, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match=r"knows FLUX\.1, Qwen-Image, Z-Image; this model is"):
+    known = r"knows FLUX\.1, Qwen-Image, Z-Image, SDXL; this model is"
+    with pytest.raises(ValueError, match=known):
         apply_calibrate(tiny.load("wan"), tmp_path / "a.safetensors")
     dense = tiny.load("flux")
     wanted = sample(dense)

@@ -1,10 +1,14 @@
 """Files of real width, one block: ComfyUI's own detection finds the class, and a layer is right.
 
-Qwen-Image and Z-Image have fixed widths in ComfyUI's detection, so no small file goes through it.
-The packed bytes are random: nothing is quantised here, and no dense copy of the model is made.
+Qwen-Image, Z-Image and SDXL have fixed widths in ComfyUI's detection, so no small file goes through
+it. SDXL's depths are fixed as well: the file has those of Segmind Vega, the smallest that detection
+takes for an SDXL. The packed bytes are random: nothing is quantised here, and no dense copy of the
+model is made.
 """
 
 import pytest
+import svdquant_files
+import svdquant_models
 import torch
 from safetensors.torch import save_file
 from slipstream.backends.svdquant import layouts
@@ -20,9 +24,9 @@ RANK = 32
 class Random:
     """Tensors of a file: packed layers with random codes, 16-bit tensors of a sensible size."""
 
-    def __init__(self):
+    def __init__(self, names=svdquant_files.NEW):
         self.generator = torch.Generator().manual_seed(0)
-        self.tensors = {}
+        self.tensors, self.names = {}, names
 
     def randn(self, *shape, scale=1.0):
         return (torch.randn(*shape, generator=self.generator) * scale).bfloat16()
@@ -33,16 +37,16 @@ class Random:
     def layer(self, name, rows, columns, bias=True):
         scale = 0.15 / columns**0.5
         parts = {
-            "qweight": self.codes(rows, columns // 2),
-            "wscales": self.randn(columns // 64, rows, scale=0.1 * scale) + scale,
-            "smooth_factor": self.randn(columns, scale=0.1) + 1,
-            "smooth_factor_orig": self.randn(columns, scale=0.1) + 1,
-            "proj_down": self.randn(columns, RANK, scale=0.3 / columns**0.5),
-            "proj_up": self.randn(rows, RANK, scale=0.3 / RANK**0.5),
+            "q": self.codes(rows, columns // 2),
+            "scale": self.randn(columns // 64, rows, scale=0.1 * scale) + scale,
+            "smooth": self.randn(columns, scale=0.1) + 1,
+            "orig": self.randn(columns, scale=0.1) + 1,
+            "down": self.randn(columns, RANK, scale=0.3 / columns**0.5),
+            "up": self.randn(rows, RANK, scale=0.3 / RANK**0.5),
         }
+        self.tensors |= {f"{name}.{self.names[part]}": tensor for part, tensor in parts.items()}
         if bias:
-            parts["bias"] = self.randn(rows, scale=0.02)
-        self.tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+            self.tensors[f"{name}.bias"] = self.randn(rows, scale=0.02)
 
     def modulation(self, name, rows, columns):
         self.tensors |= {
@@ -115,10 +119,44 @@ def z_image(width=3840, wide=10240, head=128):
     return file.tensors
 
 
+class Wide(svdquant_files.Writer):
+    """svdquant_models' writer, with random bytes instead of quantised weights."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.file = Random(svdquant_files.OLD)
+        self.tensors, self.pattern = self.file.tensors, self.file.randn(1 << 20)
+
+    def weight(self, rows, columns):
+        return torch.empty(rows, columns, device="meta")
+
+    def svdquant(self, name, weight, bias, *, unsigned=False, smooth=None):
+        self.file.layer(name, *weight.shape, bias=bias is not None)
+        return weight, bias
+
+    def plain(self, theirs, ours, *shape, swap=False, ones=False):
+        numel = torch.Size(shape).numel()
+        value = self.pattern.repeat(numel // len(self.pattern) + 1)[:numel].view(shape)
+        fan_in = numel // shape[0]
+        self.tensors[theirs] = value * 0.05 + 1 if ones else value * (0.7 / max(fan_in, 900) ** 0.5)
+
+
+def sdxl():
+    file = Wide("nunchaku-1")
+    svdquant_models.sdxl(file, widths=(320, 640, 1280), context=2048, pooled=2816)
+    return file.tensors
+
+
 CASES = [
     ("QwenImage", qwen_image, "transformer_blocks.0.attn.to_k", 3584, (1, 16, 1, 4, 4)),
     ("Lumina2", z_image, "layers.0.feed_forward.w1", 2560, (1, 16, 4, 4)),
+    ("SDXL", sdxl, "input_blocks.7.1.transformer_blocks.1.attn1.to_v", 2048, (1, 4, 8, 8)),
 ]
+MORE = {
+    "QwenImage": {"attention_mask": None},
+    "Lumina2": {"num_tokens": 6, "attention_mask": None},
+    "SDXL": {"y": torch.ones(1, 2816)},
+}
 
 
 @pytest.mark.parametrize(("base", "make", "layer", "text", "shape"), CASES)
@@ -128,6 +166,8 @@ def test_one_block_of_full_width(base, make, layer, text, shape, tmp_path):
     path = tmp_path / "model.safetensors"
     tensors = make()
     save_file(tensors, path)
+    rows = rows_by_hand(tensors, layer)
+    del tensors
     model = load_svdquant(str(path), {"backend": "dequant"})
     assert type(model.model).__name__ == base
     comfy.model_management.load_models_gpu([model], force_full_load=True)
@@ -135,7 +175,6 @@ def test_one_block_of_full_width(base, make, layer, text, shape, tmp_path):
     x = torch.randn(4, module.in_features)
     with torch.no_grad():
         y = module(x) - (0 if module.bias is None else module.bias.float())
-        rows = rows_by_hand(tensors, layer)
         wanted = x.bfloat16().float() @ rows.t()
         assert float((y - wanted).norm() / wanted.norm()) < 8e-3
         assert torch.allclose(effective(unwrap(module.weight)), rows)
@@ -143,8 +182,7 @@ def test_one_block_of_full_width(base, make, layer, text, shape, tmp_path):
             torch.randn(*shape),
             torch.tensor([0.5]),
             context=torch.randn(1, 6, text),
-            num_tokens=6,
-            attention_mask=None,
+            **MORE[base],
         )
     assert out.shape == shape
     assert torch.isfinite(out).all()
@@ -156,12 +194,18 @@ def rows_by_hand(tensors, layer):
     source, index, count = {
         "transformer_blocks.0.attn.to_k": ("transformer_blocks.0.attn.to_qkv", 1, 3),
         "layers.0.feed_forward.w1": ("layers.0.feed_forward.net.0.proj", 1, 2),
+        "input_blocks.7.1.transformer_blocks.1.attn1.to_v": (
+            "down_blocks.2.attentions.0.transformer_blocks.1.attn1.to_qkv",
+            2,
+            3,
+        ),
     }[layer]
-    part = {n: tensors[f"{source}.{n}"] for n in ("qweight", "wscales", "proj_down", "proj_up")}
-    codes = layouts.codes_from_plain(layouts.weight_from_file(part["qweight"]), signed=True)
-    scale = layouts.scales_from_file(part["wscales"]).t().float().repeat_interleave(64, 1)
-    smooth = layouts.vector_from_file(tensors[f"{source}.smooth_factor"]).float()
-    branch = layouts.up_from_file(part["proj_up"]).float() @ (
-        layouts.down_from_file(part["proj_down"]).float().t()
+    names = svdquant_files.OLD if f"{source}.lora_up" in tensors else svdquant_files.NEW
+    part = {key: tensors[f"{source}.{name}"] for key, name in names.items()}
+    codes = layouts.codes_from_plain(layouts.weight_from_file(part["q"]), signed=True)
+    scale = layouts.scales_from_file(part["scale"]).t().float().repeat_interleave(64, 1)
+    smooth = layouts.vector_from_file(part["smooth"]).float()
+    branch = layouts.up_from_file(part["up"]).float() @ (
+        layouts.down_from_file(part["down"]).float().t()
     )
     return (codes.float() * scale / smooth + branch).chunk(count)[index]

@@ -8,32 +8,19 @@ import sys
 import comfy_home
 import pytest
 import svdquant_models
-import tiny
 import torch
 from slipstream.backends import run as runs
 from slipstream.backends.svdquant.dialects import detect
-from slipstream.backends.svdquant.engine import Engine
 from slipstream.backends.svdquant.errors import BackendError, CheckpointError
 from slipstream.backends.svdquant.header import read_header
-from slipstream.backends.svdquant.host import finish, load_svdquant, read_model
-from slipstream.backends.svdquant.host_operations import operations
+from slipstream.backends.svdquant.host import load_svdquant
 from slipstream.backends.svdquant.host_patcher import quantised_layers
 from slipstream.backends.svdquant.layout import FrozenWeightError, unwrap, wrap
+from svdquant_networks import CPU, SIZES, dense_model, quantised_model, rel, sample
 
 pytestmark = pytest.mark.usefixtures("comfy")
-CPU = torch.device("cpu")
-FLUX = {"depth": 2, "single": 2, "context": 768, "vec": 768}
-FOUR_BIT = {"flux": 0.05, "qwen-image": 0.05, "z-image": 0.2}  # seen: 0.03, 0.006, 0.13
-UNITS = {"flux": "flux", "qwen-image": "qwen_image", "z-image": "z_image"}
-SIZES = {
-    "flux": FLUX,
-    "qwen-image": {"depth": 3, "context": 768},
-    "z-image": {"layers": 3, "refiners": 2, "context": 768, "wide": 256},
-}
-
-
-def rel(a, b):
-    return float((a.double() - b.double()).norm() / b.double().norm())
+# seen at most: 0.016, 0.006, 0.09, 0.019
+FOUR_BIT = {"flux": 0.05, "qwen-image": 0.05, "z-image": 0.2, "sdxl": 0.05}
 
 
 @pytest.fixture(scope="module")
@@ -50,52 +37,6 @@ def files(tmp_path_factory):
     return file
 
 
-def unet(family):
-    one = tiny.ALL[UNITS[family]]
-    return tiny._config_class(one), one.unet(max(1, one.min_heads))
-
-
-def in_memory(family, state, *, ops=None, dtype=torch.float32):
-    """A MODEL of ComfyUI's class at a small config, which detection would not find."""
-    import comfy.model_patcher
-
-    config_class, sizes = unet(family)
-    config = config_class(dict(sizes))
-    config.unet_config.update(sizes)
-    config.set_inference_dtype(dtype, torch.float32 if dtype != torch.float32 else None)
-    config.custom_operations = ops
-    model = config.get_model({}, "")
-    model.load_model_weights(dict(state), "")
-    model.diffusion_model.eval().requires_grad_(False)
-    return comfy.model_patcher.ModelPatcher(model, load_device=CPU, offload_device=CPU)
-
-
-def dense_model(family, dense):
-    import comfy.sd
-
-    state = {k: v.clone() for k, v in dense.items()}
-    if family == "flux":
-        options = {"dtype": torch.float32}
-        return comfy.sd.load_diffusion_model_state_dict(state, model_options=options)
-    return in_memory(family, state)
-
-
-def quantised_model(family, path, backend="auto", dtype="fp32"):
-    if family == "flux":
-        return load_svdquant(str(path), {"backend": backend, "dtype": dtype})
-    checkpoint, engine = detect(read_header(path)), Engine(backend)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-    model = read_model(checkpoint, engine, dtype, CPU)
-    patcher = in_memory(family, model.state, ops=operations(engine), dtype=dtype)
-    finish(patcher, checkpoint, engine, model)
-    return patcher
-
-
-def sample(model, family):
-    """One sampler step without guidance: one model call."""
-    return tiny.sample(model, UNITS[family], steps=1, cfg=1.0).float()
-
-
 DIALECTS = [
     ("flux", "nunchaku-1", "int4"),
     ("flux", "nunchaku-2", "int4"),
@@ -107,6 +48,8 @@ DIALECTS = [
     ("qwen-image", "nunchaku-2", "nvfp4"),
     ("z-image", "nunchaku-2", "int4"),
     ("z-image", "nunchaku-lite", "int4"),
+    ("sdxl", "nunchaku-1", "int4"),
+    ("sdxl", "nunchaku-1", "nvfp4"),
 ]
 
 
@@ -125,7 +68,7 @@ def test_samples_match_the_dense_model(family, dialect, precision, files):
     assert rel(sample(exact, family), wanted) > 1e-4
 
 
-@pytest.mark.parametrize("family", ["flux", "qwen-image", "z-image"])
+@pytest.mark.parametrize("family", ["flux", "qwen-image", "z-image", "sdxl"])
 def test_kitchen_in_16_bits_and_the_report(family, files):
     path, dense = files(family, svdquant_models_dialect(family))
     wanted = sample(dense_model(family, dense), family)
@@ -147,7 +90,7 @@ def test_kitchen_in_16_bits_and_the_report(family, files):
 
 
 def svdquant_models_dialect(family):
-    return "nunchaku-1" if family == "flux" else "nunchaku-2"
+    return "nunchaku-1" if family in ("flux", "sdxl") else "nunchaku-2"
 
 
 def test_nvfp4_on_a_cpu_says_why_it_is_not_kitchen(files):

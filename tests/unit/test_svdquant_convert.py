@@ -28,7 +28,7 @@ def rel(a, b):
 
 def dense_file(tmp_path, family, prefix="", **sizes):
     """A 16-bit file in ComfyUI's names, and its tensors as stored."""
-    dialect = "nunchaku-1" if family == "flux" else "nunchaku-2"
+    dialect = "nunchaku-2" if family in ("qwen-image", "z-image") else "nunchaku-1"
     dense = svdquant_models.write(tmp_path / "any.safetensors", family, dialect, **sizes)
     dense = {name: tensor.bfloat16() for name, tensor in dense.items()}
     path = tmp_path / f"{family}.safetensors"
@@ -47,6 +47,8 @@ CASES = [
     ("qwen-image", "int4", "nunchaku-2"),
     ("qwen-image", "nvfp4", "nunchaku-2"),
     ("z-image", "int4", "nunchaku-2"),
+    ("sdxl", "int4", "nunchaku-1"),
+    ("sdxl", "nvfp4", "nunchaku-1"),
 ]
 
 
@@ -359,9 +361,9 @@ def test_statistics_files(tmp_path):
 
 
 def test_config_of_every_family_is_json(tmp_path):
-    for family in ("flux", "qwen-image", "z-image"):
+    for family in ("flux", "qwen-image", "z-image", "sdxl"):
         source, _ = dense_file(tmp_path, family)
         path = convert(source, tmp_path / f"{family}-out.safetensors", ConvertConfig())
         config = json.loads(read_header(path).metadata["config"])
-        assert config["_class_name"].endswith("Transformer2DModel")
+        assert config["_class_name"].endswith(("Transformer2DModel", "UNet2DConditionModel"))
         assert all(value is not None for value in config.values())

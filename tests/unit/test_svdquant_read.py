@@ -23,6 +23,11 @@ CASES = [
     ("z-image", "nunchaku-2", "nvfp4"),
     ("z-image", "nunchaku-lite", "int4"),
     ("z-image", "comfy-kitchen", "int4"),
+    ("sdxl", "nunchaku-1", "int4"),
+    ("sdxl", "nunchaku-1", "nvfp4"),
+    ("sdxl", "nunchaku-2", "int4"),
+    ("sdxl", "nunchaku-lite", "int4"),
+    ("sdxl", "comfy-kitchen", "int4"),
 ]
 
 

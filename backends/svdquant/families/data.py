@@ -6,11 +6,24 @@ first choice whose layers are all in the file, converting writes the first choic
 """
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 Shapes = dict[str, tuple[int, ...]]  # tensor name in ComfyUI's network -> shape
+
+
+def within(stem: str, name: str) -> tuple[int, str] | None:
+    """(index, rest) of a name `stem.index.rest`; None for any other name."""
+    if not name.startswith(f"{stem}."):
+        return None
+    index, _, rest = name[len(stem) + 1 :].partition(".")
+    return (int(index), rest) if rest and re.fullmatch(r"[0-9]{1,6}", index) else None
+
+
+def num_blocks(names: Iterable[str], stem: str) -> int:
+    """How many blocks `stem`.i these names are of."""
+    return len({found[0] for name in names if (found := within(stem, name)) is not None})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +68,14 @@ class Block:
     layers: tuple[Layer, ...]
     copies: tuple[tuple[str, str], ...] = ()
 
+    def in_source(self, name: str) -> tuple[int, str] | None:
+        """(index, name within the block) of a file's name; None if it is not in these blocks."""
+        return within(self.source, name)
+
+    def in_target(self, name: str) -> tuple[int, str] | None:
+        """The same of a name in ComfyUI's network."""
+        return within(self.target, name)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
@@ -65,7 +86,7 @@ class Family:
     (all of one tuple); native: the same in ComfyUI's own names; aliases: (block, older name,
     name); rest: (file prefix, network prefix) outside the blocks; swapped: network layers whose
     halves (scale, shift) are exchanged; diffusers_config: the `config` metadata from the network's
-    tensor shapes.
+    tensor shapes; fp4_rows: nvfp4's factor is written per row (wcscales) instead of once (wtscale).
     """
 
     id: str
@@ -79,30 +100,17 @@ class Family:
     diffusers_config: Callable[[Shapes], dict[str, Any]]
     aliases: tuple[tuple[str, str, str], ...] = ()
     swapped: frozenset[str] = field(default_factory=frozenset)
+    fp4_rows: bool = False
 
     def canonical(self, name: str) -> str:
         """The layer or tensor name with older names inside blocks replaced."""
-        match = re.match(r"([a-z_]+)\.(\d+)\.(.+)$", name)
-        if match is None:
-            return name
-        block, index, inner = match.groups()
-        for in_block, old, new in self.aliases:
-            if block == in_block and (inner == old or inner.startswith(old + ".")):
-                return f"{block}.{index}.{new}{inner[len(old) :]}"
-        return name
+        return _replaced(name, self.aliases)
 
     def written(self, name: str) -> str:
         """Inverse of canonical: the name that this family's files have."""
         if self.dialect != "nunchaku-1":
             return name
-        match = re.match(r"([a-z_]+)\.(\d+)\.(.+)$", name)
-        if match is None:
-            return name
-        block, index, inner = match.groups()
-        for in_block, old, new in self.aliases:
-            if block == in_block and (inner == new or inner.startswith(new + ".")):
-                return f"{block}.{index}.{old}{inner[len(new) :]}"
-        return name
+        return _replaced(name, tuple((block, new, old) for block, old, new in self.aliases))
 
     def matches(self, names: Collection[str]) -> bool:
         """Whether a file with these layer and tensor names is of this family."""
@@ -113,6 +121,14 @@ class Family:
         """The same for a file in ComfyUI's own names."""
         known = set(names)
         return all(mark in known for mark in self.native)
+
+
+def _replaced(name: str, replacements: tuple[tuple[str, str, str], ...]) -> str:
+    for block, old, new in replacements:
+        found = within(block, name)
+        if found is not None and (found[1] == old or found[1].startswith(f"{old}.")):
+            return f"{block}.{found[0]}.{new}{found[1][len(old) :]}"
+    return name
 
 
 def one(name: str, *, unsigned: bool = False) -> Grid:

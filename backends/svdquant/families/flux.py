@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .data import Block, Family, Piece, Shapes, columns, layer, one, rows
+from .data import Block, Family, Piece, Shapes, columns, layer, num_blocks, one, rows
 
 
 def _stream(stream: str, qkv: str, separate: tuple[str, ...], out: str, ff: str, mod: str) -> Any:
@@ -109,8 +109,8 @@ def diffusers_config(shapes: Shapes) -> dict[str, Any]:
         "patch_size": 1,
         "in_channels": in_channels,
         "out_channels": shapes["final_layer.linear.weight"][0],
-        "num_layers": _count(shapes, "double_blocks"),
-        "num_single_layers": _count(shapes, "single_blocks"),
+        "num_layers": num_blocks(shapes, "double_blocks"),
+        "num_single_layers": num_blocks(shapes, "single_blocks"),
         "attention_head_dim": head,
         "num_attention_heads": hidden // head,
         "joint_attention_dim": shapes["txt_in.weight"][1],
@@ -118,10 +118,6 @@ def diffusers_config(shapes: Shapes) -> dict[str, Any]:
         "guidance_embeds": "guidance_in.in_layer.weight" in shapes,
         "axes_dims_rope": [16, 56, 56],
     }
-
-
-def _count(shapes: Shapes, block: str) -> int:
-    return len({name.split(".")[1] for name in shapes if name.startswith(block + ".")})
 
 
 FLUX = Family(

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .data import Block, Family, Shapes, layer, one, part
+from .data import Block, Family, Shapes, layer, num_blocks, one, part
 
 _QKV = (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj"))
 _FUSED = ("attn.to_qkv", "attn.add_qkv_proj")
@@ -36,13 +36,12 @@ def diffusers_config(shapes: Shapes) -> dict[str, Any]:
     """diffusers' QwenImageTransformer2DModel config."""
     hidden, in_channels = shapes["img_in.weight"]
     head = shapes["transformer_blocks.0.attn.norm_q.weight"][0]
-    blocks = {n.split(".")[1] for n in shapes if n.startswith("transformer_blocks.")}
     return {
         "_class_name": "QwenImageTransformer2DModel",
         "patch_size": 2,
         "in_channels": in_channels,
         "out_channels": shapes["proj_out.weight"][0] // 4,
-        "num_layers": len(blocks),
+        "num_layers": num_blocks(shapes, "transformer_blocks"),
         "attention_head_dim": head,
         "num_attention_heads": hidden // head,
         "joint_attention_dim": shapes["txt_in.weight"][1],

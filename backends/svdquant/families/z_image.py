@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .data import Block, Family, Shapes, layer, one, part, rows
+from .data import Block, Family, Shapes, layer, num_blocks, one, part, rows
 
 _LAYERS = (
     layer(
@@ -36,18 +36,14 @@ def diffusers_config(shapes: Shapes) -> dict[str, Any]:
     """diffusers' ZImageTransformer2DModel config; what no shape tells is Z-Image's own value."""
     dim, cap_feat_dim = shapes["cap_embedder.1.weight"]
     head = shapes["layers.0.attention.q_norm.weight"][0]
-    count = {
-        block: len({n.split(".")[1] for n in shapes if n.startswith(block + ".")})
-        for block in ("layers", *REFINERS)
-    }
     return {
         "_class_name": "ZImageTransformer2DModel",
         "all_patch_size": [2],
         "all_f_patch_size": [1],
         "in_channels": shapes["x_embedder.weight"][1] // 4,
         "dim": dim,
-        "n_layers": count["layers"],
-        "n_refiner_layers": count["noise_refiner"],
+        "n_layers": num_blocks(shapes, "layers"),
+        "n_refiner_layers": num_blocks(shapes, "noise_refiner"),
         "n_heads": dim // head,
         "n_kv_heads": dim // head,
         "norm_eps": 1e-05,

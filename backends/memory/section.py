@@ -96,7 +96,7 @@ def could_stay(use: MemoryUse) -> list[Resident]:
 def _how(model: LoadedModel, use: MemoryUse) -> str:
     if model.is_capped:
         needed = -(-model.total_bytes * 10 // GIB) / 10
-        return f"set vram_budget_gb of {NODE} to {needed:.1f} or more, or mode to off"
+        return f"set {NODE} to mode auto with vram_budget_gb {needed:.1f} or more, or to off"
     if model.on_cpu:
         if model.kind == "VAE" and "--cpu-vae" in use.flags:
             return "start ComfyUI without --cpu-vae"

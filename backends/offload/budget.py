@@ -51,19 +51,23 @@ def buffer_bytes(patcher: Any, config: OffloadConfig) -> int:
     """Device memory that streaming this MODEL takes beside its resident weights.
 
     With prefetch: depth + 1 blocks (dynamic: one per stream). Else in dynamic mode ComfyUI's cast
-    buffers, one module per stream; in classic mode ComfyUI subtracts its own from the cap.
+    buffers, one per stream: of a module, or of a block where the model stages its own blocks. In
+    classic mode ComfyUI subtracts its own from the cap.
     """
     network = comfy.diffusion_model(patcher)
-    units = units_of(network, find(network))
-    dynamic = memory.is_dynamic(patcher)
+    architecture = find(network)
+    units = units_of(network, architecture)
+    largest_unit = max((sum(module_sizes(unit.module)) for unit in units), default=0)
+    is_dynamic, num_streams = memory.is_dynamic(patcher), host.num_offload_streams()
     if plans_prefetch(patcher, config):
-        blocks = {unit.block for unit in units}
-        depth = config.depth(len(blocks))
-        num_buffers = host.num_offload_streams() if dynamic else depth + 1
-        return num_buffers * max(sum(module_sizes(unit.module)) for unit in units)
-    if not dynamic:
+        depth = config.depth(len({unit.block for unit in units}))
+        return (num_streams if is_dynamic else depth + 1) * largest_unit
+    if not is_dynamic:
         return 0
-    return host.num_offload_streams() * max(module_sizes(network), default=0)
+    largest_module = max(module_sizes(network), default=0)
+    if architecture is not None and architecture.notes.prefetches:
+        return num_streams * max(largest_module, largest_unit)
+    return num_streams * largest_module
 
 
 def plans_prefetch(patcher: Any, config: OffloadConfig) -> bool:

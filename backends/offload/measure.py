@@ -18,6 +18,7 @@ from .plan import (
     BlockCost,
     DeviceFacts,
     OffloadPlan,
+    all_resident,
     largest_first,
     make_plan,
     simulate,
@@ -115,16 +116,21 @@ def block_costs(
     return costs
 
 
-def device_facts(patcher: Any, measured: Measured, buffers: int, held: Sizes) -> DeviceFacts:
-    """Copy rates and room now, between two steps, with all conditioning on the device."""
+def room_bytes(patcher: Any, buffers: int) -> int:
+    """Device memory for weights and activations now, with all conditioning on the device."""
+    free = host.reusable_bytes(patcher.load_device)
+    return free + memory.resident_bytes(patcher) + buffers
+
+
+def device_facts(patcher: Any, measured: Measured, room: int, held: Sizes) -> DeviceFacts:
+    """Copy rates and room, between two steps."""
     pinned_rate, pageable_rate = host.copy_rates(patcher.load_device)
     missing = max(sum(held.streamed), 1)
-    free = host.reusable_bytes(patcher.load_device)
     return DeviceFacts(
         pinned_rate=pinned_rate * held.per_copied,
         pageable_rate=pageable_rate * held.per_copied,
         pinned_share=min(memory.pinned_bytes(patcher) * held.per_copied / missing, 1.0),
-        room_bytes=free + memory.resident_bytes(patcher) + buffers,
+        room_bytes=room,
         activation_bytes=measured.activation_bytes,
         reserve_bytes=memory.reserve_bytes(),
     )
@@ -136,7 +142,8 @@ class Proposal:
 
     step_seconds: under the plan; unchanged_seconds: with prefetch at the residency of now;
     prefetch_gain: the most that prefetch alone can save, as a share of the measured step; is_short:
-    the device cannot hold what is resident now beside activations and ComfyUI's reserve.
+    the device cannot hold what is resident now beside activations and ComfyUI's reserve;
+    copy_rates: pinned and pageable bytes per second, None where nothing has to be copied.
     """
 
     plan: OffloadPlan
@@ -144,6 +151,7 @@ class Proposal:
     unchanged_seconds: float
     prefetch_gain: float
     is_short: bool
+    copy_rates: tuple[float, float] | None = None
 
 
 def propose(
@@ -151,7 +159,12 @@ def propose(
 ) -> Proposal:
     """The plan for the rest of the run, from the measured step."""
     held = sizes(units, patcher)
-    facts = device_facts(patcher, measured, buffers, held)
+    room = room_bytes(patcher, buffers)
+    usable = room - measured.activation_bytes - memory.reserve_bytes()
+    is_short = memory.resident_bytes(patcher) + buffers > usable
+    if config.mode != "memory" and not is_short and not any(held.streamed):
+        return _nothing_to_gain(units, measured, held)
+    facts = device_facts(patcher, measured, room, held)
     costs = block_costs(units, measured, held, facts.rate)
     depth = max(config.depth(len({unit.block for unit in units})), 0)
     plan = make_plan(
@@ -171,7 +184,19 @@ def propose(
         step_seconds=outside + calls * plan.forecast.seconds,
         unchanged_seconds=unchanged,
         prefetch_gain=max(1.0 - unchanged / max(measured.step_seconds, 1e-9), 0.0),
-        is_short=memory.resident_bytes(patcher) + buffers > facts.weight_bytes,
+        is_short=is_short,
+        copy_rates=host.copy_rates(patcher.load_device),
+    )
+
+
+def _nothing_to_gain(units: Sequence[Unit], measured: Measured, held: Sizes) -> Proposal:
+    """Everything is on the device and has room: no rate has to be measured."""
+    return Proposal(
+        plan=all_resident(block_costs(units, measured, held, 1.0)),
+        step_seconds=measured.step_seconds,
+        unchanged_seconds=measured.step_seconds,
+        prefetch_gain=0.0,
+        is_short=False,
     )
 
 

@@ -156,6 +156,18 @@ def residency_order(blocks: Sequence[BlockCost], *, rate: float, depth: int) -> 
     return order + sorted(rest)
 
 
+def all_resident(blocks: Sequence[BlockCost]) -> OffloadPlan:
+    """The plan of a model whose weights are all on the device: nothing is copied."""
+    seconds = sum(block.seconds for block in blocks)
+    return OffloadPlan(
+        resident_bytes=None,
+        resident_blocks=tuple(block.index for block in blocks),
+        depth=-1,
+        forecast=Forecast(seconds=seconds, stall_seconds=0.0),
+        why="all weights fit: offload gains nothing here, off is as fast",
+    )
+
+
 def make_plan(
     blocks: Sequence[BlockCost],
     facts: DeviceFacts,
@@ -175,14 +187,7 @@ def make_plan(
     room = facts.weight_bytes if budget_bytes is None else min(facts.weight_bytes, budget_bytes)
     total = other_bytes + sum(block.bytes for block in blocks)
     if total <= room and not smallest:
-        forecast = simulate(blocks, [0] * len(blocks), rate=facts.rate, depth=0)
-        return OffloadPlan(
-            resident_bytes=None,
-            resident_blocks=tuple(block.index for block in blocks),
-            depth=-1,
-            forecast=forecast,
-            why="all weights fit: offload gains nothing here, off is as fast",
-        )
+        return all_resident(blocks)
     propose = _choose_blocks if can_choose else _choose_cap
     return propose(blocks, facts.rate, max(depth, 0), smallest, room, other_bytes)
 

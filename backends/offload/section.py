@@ -15,7 +15,8 @@ class Outcome:
 
     manager: "classic" or "dynamic"; budget_bytes: cap for weights and buffers; depth: blocks
     staged ahead, -1 for ComfyUI's own streaming; num_skipped: blocks that did not run (a
-    cache, skip-layer guidance); copy_rates: pinned and pageable bytes per second.
+    cache, skip-layer guidance); is_plan_in_force: the residency is the plan's; copy_rates: pinned
+    and pageable bytes per second.
     """
 
     reason: str | None = None
@@ -31,6 +32,7 @@ class Outcome:
     num_skipped: int = 0
     stall_seconds: float | None = None
     plan: OffloadPlan | None = None
+    is_plan_in_force: bool = False
     prefetch_gain: float | None = None
     predicted_step_seconds: float | None = None
     measured_step_seconds: float | None = None
@@ -95,9 +97,9 @@ def _lines(config: OffloadConfig, outcome: Outcome) -> list[str]:
     if outcome.copy_rates is not None:
         lines.append("  " + _copies(*outcome.copy_rates))
     if outcome.plan is not None:
-        lines.append("  " + _plan(config, outcome.plan))
+        lines.extend("  " + line for line in _plan(config, outcome, outcome.plan))
     if outcome.is_rolled_back:
-        lines.append("  prefetch was tried and undone: it made a step over 3 % longer")
+        lines.append("  the plan was tried and undone: it made a step over 3 % longer")
     gain = outcome.prefetch_gain
     if config.mode == "auto" and gain is not None and gain >= MIN_GAIN and not outcome.no_prefetch:
         lines.append(
@@ -128,9 +130,17 @@ def _copies(pinned: float, pageable: float) -> str:
     return f"copies: {pinned / 1e9:.1f} GB/s from pinned RAM, {pageable / 1e9:.1f} else, measured"
 
 
-def _plan(config: OffloadConfig, plan: OffloadPlan) -> str:
+def _plan(config: OffloadConfig, outcome: Outcome, plan: OffloadPlan) -> list[str]:
+    """What the plan says, and whether it is in force."""
     if plan.resident_bytes is None:
-        return plan.why
+        return [plan.why]
+    resident = f"{gib(plan.resident_bytes)} GiB resident"
     ahead = f"{plan.depth} block{'s' if plan.depth > 1 else ''} ahead"
-    used = "plan" if config.mode in ("memory", "speed") else "plan for prefetch, not used"
-    return f"{used}: {gib(plan.resident_bytes)} GiB resident, {ahead}: {plan.why}"
+    if outcome.no_prefetch is not None:
+        if not outcome.is_plan_in_force:
+            return []
+        return [f"plan: {resident}, estimated as if blocks were copied ahead: {plan.why}"]
+    if outcome.is_plan_in_force:
+        return [f"plan: {resident}, {ahead}: {plan.why}"]
+    name = "best with prefetch" if config.mode == "speed" else "plan for prefetch, not used"
+    return [f"{name}: {resident}, {ahead}: {plan.why}"]

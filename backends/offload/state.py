@@ -175,8 +175,9 @@ class OffloadState:
         proposal = tuner.proposal
         if proposal is not None:
             outcome.plan, outcome.prefetch_gain = proposal.plan, proposal.prefetch_gain
-            outcome.copy_rates = host.copy_rates(self._device)
-        elif self._config.mode in ("speed", "memory") and not tuner.is_fixed:
+            outcome.copy_rates = proposal.copy_rates
+            outcome.is_plan_in_force = tuner.setting.resident_bytes is not None
+        elif self._config.mode in ("speed", "memory") and tuner.num_steps <= PLANNED_STEP:
             outcome.remarks.append(f"no plan: it needs more than {PLANNED_STEP} steps")
         outcome.predicted_step_seconds = tuner.predicted_step_seconds
         outcome.measured_step_seconds = tuner.steps.mean(JUDGED_STEP)

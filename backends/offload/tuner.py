@@ -101,6 +101,11 @@ class Tuner:
             self._start_measuring()
         return changed
 
+    @property
+    def num_steps(self) -> int:
+        """Steps that have ended."""
+        return max(len(self.steps.marks) - 1, 0)
+
     def finish(self) -> None:
         """Sampling is over: the last step ends here."""
         if self.steps.marks:

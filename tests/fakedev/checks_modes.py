@@ -230,22 +230,6 @@ def test_unet_with_deepcache(env):
     assert leftovers(model) == NOTHING
 
 
-def test_model_that_streams_its_own_blocks(env, monkeypatch):
-    """Cap only, and mode manual says what to do. LTXV stands in for LTXAV."""
-    model = load("ltxv")
-    full = sample(model, "ltxv")
-    env.end_node()
-    known = budget.find(model.model.diffusion_model)
-    owner = replace(known, notes=replace(known.notes, prefetches=True))
-    monkeypatch.setattr(budget, "find", lambda network: owner)
-    with pytest.raises(OffloadError, match="LTXVModel streams its own blocks: set prefetch to -1"):
-        offloaded(model, 0.5)
-    patched = in_mode(model, "speed", 0.6)
-    assert sample(patched, "ltxv", steps=2).equal(full)
-    assert report(patched)["offload"]["no_prefetch"] == "LTXVModel streams its own blocks"
-    assert resident_share(patched) <= 0.6
-
-
 def test_unknown_class_gets_the_cap_alone(env, monkeypatch):
     model = load("wan")
     full = sample(model, "wan", steps=STEPS)

@@ -18,7 +18,7 @@ torch.set_num_threads(1)  # the matrices are tiny
 
 @pytest.fixture(scope="session")
 def env():
-    for family in (*fake_models.FAMILIES, "sd3", "ltxv", "sd15"):
+    for family in (*fake_models.FAMILIES, *fake_models.QUEUE_OWNERS, "sd3", "sd15"):
         fake_models.weights(family)
     return fake_comfy.start(os.environ["SLIPSTREAM_FAKE_MANAGER"])
 

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tiny
 
 FAMILIES = ("wan", "flux")
+QUEUE_OWNERS = ("ltxav", "minimax_h3")  # their forward drives ComfyUI's block queue
 KINDS = ("fp32", "fp8", "scaled")
 Weights = tuple[dict[str, torch.Tensor], dict[str, str] | None]
 
@@ -82,12 +83,17 @@ def with_lora(patcher: Any, *, rank: int = 4, seed: int = 1) -> Any:
 
 
 def sample(patcher: Any, family: str, **options: Any) -> torch.Tensor:
-    """tiny.sample on the CPU's side."""
-    return tiny.sample(patcher, family, **options).cpu()
+    """tiny.sample on the CPU's side; nested latents (video and audio) end to end."""
+    found = tiny.sample(patcher, family, **options).cpu()
+    if not getattr(found, "is_nested", False):
+        return found
+    return torch.cat([part.flatten() for part in found.unbind()])
 
 
 def blocks(patcher: Any) -> list[torch.nn.Module]:
     network = patcher.model.diffusion_model
+    if hasattr(network, "transformer_blocks"):
+        return list(network.transformer_blocks)
     if hasattr(network, "double_blocks"):
         return [*network.double_blocks, *network.single_blocks]
     return list(network.blocks)

@@ -16,9 +16,10 @@ import pytest
 
 HERE = Path(__file__).resolve().parents[1]
 FAKEDEV = HERE / "fakedev"
+BOTH = ("checks_both.py", "checks_modes.py", "checks_queue_owners.py", "checks_bench.py")
 FILES = {
-    "classic": ("checks_both.py", "checks_modes.py", "checks_bench.py", "checks_classic.py"),
-    "dynamic": ("checks_both.py", "checks_modes.py", "checks_bench.py", "checks_dynamic.py"),
+    "classic": (*BOTH, "checks_classic.py"),
+    "dynamic": (*BOTH, "checks_dynamic.py"),
 }
 
 

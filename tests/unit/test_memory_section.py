@@ -40,7 +40,7 @@ def test_headroom_is_what_was_left_at_the_fullest():
 @pytest.mark.parametrize(
     ("one", "flags", "how"),
     [
-        (model(loaded=4, is_sampled=True, is_capped=True), (), "set vram_budget_gb of Slipstream "),
+        (model(loaded=4, is_sampled=True, is_capped=True), (), "set Slipstream Layer Offload to "),
         (model("T5", "text encoder", 9, 0, on_cpu=True), (), "it runs on the CPU: choose the"),
         (model("KL", "VAE", 1, 0, on_cpu=True), ("--cpu-vae",), "start ComfyUI without --cpu-vae"),
         (model(loaded=4), ("--novram",), "start ComfyUI without --novram"),
@@ -59,7 +59,7 @@ def test_what_makes_it_resident(one, flags, how):
 
 def test_budget_that_would_do():
     (found,) = could_stay(use(model(total=11.87, loaded=4, is_capped=True)))
-    assert "to 11.9 or more" in found.how
+    assert "mode auto with vram_budget_gb 11.9 or more" in found.how
 
 
 def test_only_what_fits_together_the_sampled_model_first():

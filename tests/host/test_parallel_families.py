@@ -180,3 +180,24 @@ def test_bf16_differs_as_much_as_bf16_does():
     own = (half.run({})[0].float() - expected).abs().max() / expected.abs().max()
     assert own > 1e-3
     assert max(differences(half, (U3, Layout(ring=3), HYBRID)).values()) < 2 * own
+
+
+def test_the_benchmarks_ceiling_computes_what_ranks_do():
+    """Shares of a call without peers run to their end, with every rank's own part of the work."""
+    from slipstream.bench.parallel_ceiling import share
+    from slipstream.bench.parallel_models import Subject
+
+    network = plain("wan").network
+    subject = Subject({}, 48, 32, 9)
+    x = torch.zeros(1, network.in_dim, 3, 4, 6)
+    inputs = (x, torch.tensor([500.0]), torch.zeros(1, 2, network.text_dim))
+    lengths = []
+    handle = network.blocks[0].ffn.register_forward_pre_hook(
+        lambda module, args: lengths.append(args[0].shape[1])
+    )
+    try:
+        for rank, world in ((0, 1), (0, 2), (1, 2), (2, 4)):
+            share(network, inputs, rank, world)()
+    finally:
+        handle.remove()
+    assert lengths == [subject.num_tokens, 9, 9, 4]

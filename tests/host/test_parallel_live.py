@@ -6,6 +6,7 @@ import os
 import pytest
 import tiny
 import torch
+from patience import patience
 from slipstream.backends.attention.apply import apply_attention
 from slipstream.backends.attention.config import AttentionConfig
 from slipstream.backends.cache.apply import apply_cache
@@ -371,6 +372,29 @@ def test_a_renamed_block_runs_on_one_device():
     assert any("WanModel has no 'head'" in note for note in notes(shared))
 
 
+def test_a_renamed_argument_runs_on_one_device():
+    """As after an update of ComfyUI: the blocks' `freqs` has another name."""
+    model = tiny.load("wan", heads=3)
+    expected = tiny.sample(model, "wan")
+    block_class = type(model.model.diffusion_model.blocks[0])
+
+    class Renamed(block_class):
+        def forward(self, x, e, rope, context, context_img_len=257, transformer_options=None):
+            return super().forward(x, e, rope, context, context_img_len, transformer_options)
+
+    def rename(module, args, kwargs):
+        kwargs["rope"] = kwargs.pop("freqs")
+        return args, kwargs
+
+    for block in model.model.diffusion_model.blocks:
+        block.__class__ = Renamed
+        block.register_forward_pre_hook(rename, with_kwargs=True)
+    shared = patched(model)
+    assert torch.equal(tiny.sample(shared, "wan"), expected)
+    assert any("forward has no 'freqs'" in note for note in notes(shared)), notes(shared)
+    assert report(shared)["calls_distributed"] == 0
+
+
 def test_a_loader_that_workers_cannot_repeat():
     model = tiny.load("chroma", heads=3)  # built in memory
     with pytest.raises(ParallelError, match="Use a core loader or ours"):
@@ -408,6 +432,19 @@ def test_compiled_models_are_refused():
     shared.add_wrapper_with_key("apply_model", "torch.compile", lambda ex, *a, **k: ex(*a, **k))
     with pytest.raises(ConflictError, match=r"remove torch\.compile"):
         tiny.sample(shared, "wan")
+
+
+def test_a_worker_ends_with_its_parent_and_is_replaced():
+    """Of a parent that dies in whatever way, a worker sees the end of its stdin."""
+    model = tiny.load("wan", heads=3)
+    shared = patched(model, "cpu,cpu")
+    expected = tiny.sample(model, "wan")
+    assert_shared(shared, "wan", expected)
+    handle = pool().workers[0].handle
+    handle._process.stdin.close()
+    assert handle._process.wait(timeout=2 * patience()) == 1
+    assert_shared(shared, "wan", expected)
+    assert pool().workers[0].handle.pid != handle.pid
 
 
 def test_a_cancel_within_a_step():

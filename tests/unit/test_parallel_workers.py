@@ -25,7 +25,7 @@ from slipstream.parallel import run_state
 from slipstream.parallel.config import SequenceParallelConfig
 from slipstream.parallel.crew import Setting
 from slipstream.parallel.launcher import LocalLauncher, Spec, StartFailed, worker_environment
-from slipstream.parallel.messages import Load, Ping
+from slipstream.parallel.messages import Load, Ping, to_bytes
 from slipstream.parallel.network_call import NetworkCall
 from slipstream.parallel.payload import encode_patches
 from slipstream.parallel.pool import Model, Pool
@@ -41,9 +41,12 @@ TIMEOUT_S = 2
 
 @pytest.fixture(scope="module")
 def pool():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the workers: several wait for each other on a busy machine
     pool = Pool(lambda: LocalLauncher(PROGRAM))
     yield pool
     pool.close()
+    torch.set_num_threads(threads)
 
 
 def model(seed=0, patches=None):
@@ -118,6 +121,27 @@ def test_calls_are_shared_and_counted(pool):
     assert found["ulysses"] == 3
     assert found["bytes_exchanged"] > 0
     assert min(found["seconds"].values()) > 0
+
+
+def test_a_call_costs_little_beside_its_tokens(pool, monkeypatch):
+    """2 % of a step of half a second: the processor time of all that rank 0 does in one call."""
+    session = Session(pool, 4)
+    session.call()
+    sizes, seconds = [], []
+    for worker in pool.workers:
+
+        def send(message, tensors=(), pass_on=worker.send):
+            sizes.append(len(to_bytes(message, tensors)))
+            pass_on(message, tensors)
+
+        monkeypatch.setattr(worker, "send", send)
+    for _ in range(20):
+        started = time.thread_time()
+        session.call()
+        seconds.append(time.thread_time() - started)
+    assert len(sizes) == 20 * 3
+    assert max(sizes) < 2000
+    assert min(seconds) < 0.010 * patience()
 
 
 def test_layouts_change_without_new_processes(pool):

@@ -1,0 +1,73 @@
+"""Sequence parallel's benchmark: its page, its goals, and what the ceiling's shares compute."""
+
+import argparse
+from dataclasses import replace
+
+import pytest
+import torch
+from slipstream.bench import parallel, parallel_ceiling, parallel_page
+from slipstream.bench.parallel_models import SUBJECTS
+from slipstream.parallel.mesh import Layout, Mesh
+
+ENVIRONMENT = {
+    "commit": "abc", "date": "2026-01-01", "torch": "2.11", "threads": 1, "cores": 4,
+    "cpu": "a cpu", "device": "cpu", "load": 0.1, "packages": {},
+}  # fmt: skip
+
+
+def row(speed, ceiling, goal=1.7):
+    seconds = {"compute": 0.93, "exchange": 0.06, "broadcast": 0.01}
+    report = {"cfg": 1, "ulysses": 2, "ring": 1, "seconds": seconds}
+    found = {
+        "devices": "cpu,cpu", "speed": {"median": speed, "low": 1.5, "high": 1.9, "num_pairs": 5},
+        "goal": goal, "verdict": "faster", "noise": [0.95, 1.05], "report": report,
+    }  # fmt: skip
+    return found | ({"ceiling": {"median": ceiling}} if ceiling else {})
+
+
+@pytest.mark.parametrize(
+    ("speed", "ceiling", "said"),
+    [
+        (1.7, 1.8, "met"),
+        (1.69, 1.8, "missed"),
+        (1.69, None, "missed"),
+        (1.5, 1.6, "missed (beyond this machine)"),
+    ],
+)
+def test_goals_are_held_against_what_was_measured(speed, ceiling, said):
+    assert parallel_page.met(row(speed, ceiling)) == said
+
+
+def test_the_page_shows_losses_shares_and_the_ceiling():
+    found = {
+        "command": "python bench parallel", "environment": ENVIRONMENT, "model": "a Wan",
+        "rows": [row(1.69, 1.82)],
+    }  # fmt: skip
+    text = parallel_page.parallel_page(found)
+    for words in ("| missed |", "| 1.82x |", "| 6.0% |", "| 1.0% |", "**unverified**"):
+        assert words in text
+    found["rows"] = [row(1.9, None, goal=None)]
+    assert "Ceiling" not in parallel_page.parallel_page(found)
+
+
+def test_the_default_subject_has_the_tokens_that_the_goal_asks_for():
+    assert SUBJECTS["wan-small"].num_tokens == 8192
+    assert replace(SUBJECTS["wan-small"], frames=13).num_tokens == 4096
+    assert "8,192 tokens" in str(SUBJECTS["wan-small"])
+
+
+def test_the_command_repeats_the_measurement():
+    fields = {"devices": None, "model": "wan-small", "frames": None, "prompt": None}
+    command = parallel._command(argparse.Namespace(**fields))
+    assert command == "python bench parallel --out docs/benchmarks"
+    given = fields | {"devices": ["cpu,cpu"], "frames": 13}
+    command = parallel._command(argparse.Namespace(**given))
+    assert command == "python bench parallel --devices cpu,cpu --frames 13 --out docs/benchmarks"
+
+
+def test_a_silent_group_has_the_shapes_of_a_real_one():
+    mesh = Mesh(Layout(ulysses=2), 1, "share", parallel_ceiling.Silence)
+    rows = torch.ones(1, 3, 4, 8)
+    received = mesh.heads.exchange(rows.split(2, 2), [(1, 4, 2, 8), (1, 3, 2, 8)])
+    assert received.joined(1).shape == (1, 7, 2, 8)
+    assert mesh.gather(rows, (4, 3), 1, leader_only=True) is None

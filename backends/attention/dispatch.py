@@ -23,6 +23,8 @@ from .timings import Timings
 
 APPROXIMATE_DEFAULTS = ("attention_comfy_kitchen_int8", "attention_sage", "attention3_sage")
 
+NO_BLOCK = ("call", 0)  # the place of a call without a block id
+
 Attention = Callable[..., torch.Tensor]
 Key = tuple[Any, ...]  # ((block type, index), ordinal, shapes, dtype, ...): see BoundCall.key
 
@@ -68,7 +70,9 @@ class AttentionRun:
         """The view of one model call."""
         self.num_model_calls += 1
         self.ordinals_shift = "cache" in self.run.states
-        return BoundCall(self, self.schedule.dense_step(call.step, self.run.num_steps), call.step)
+        # Without approximate kernels the schedule decides nothing: one plan serves every step.
+        dense = self.planner.approximate and self.schedule.dense_step(call.step, self.run.num_steps)
+        return BoundCall(self, bool(dense), call.step)
 
     def default_is_exact(self, func: Attention) -> bool:
         """Whether a declined call is answered by an exact kernel, as far as can be known."""
@@ -116,13 +120,13 @@ class BoundCall:
     ) -> Key:
         """What decides about a call. options: transformer_options; kwargs: of the call."""
         place = block_id(options)
-        ordinals = self.ordinals
-        if place is not None or not self.owner.ordinals_shift:
-            place = place or ("call", 0)
-            ordinal = ordinals.get(place, 0)
-            ordinals[place] = ordinal + 1
+        if place is None:
+            place = NO_BLOCK
+        if place is NO_BLOCK and self.owner.ordinals_shift:
+            ordinal = 0
         else:
-            place, ordinal = ("call", 0), 0
+            ordinal = self.ordinals.get(place, 0)
+            self.ordinals[place] = ordinal + 1
         return (
             place, ordinal, q.shape, k.shape, q.dtype, q.device,
             None if mask is None else mask.dtype, skip_reshape, kwargs.get("scale"),
@@ -135,7 +139,10 @@ class BoundCall:
         if entry is None or entry.kernel is not None:
             return False
         self.owner.num_attention_calls += 1
-        self._count(entry)
+        entry.answers[DEFAULT] = entry.answers.get(DEFAULT, 0) + 1
+        if entry.last_step != self.step:
+            entry.last_step = self.step
+            entry.steps.append((self.step, DEFAULT))
         return True
 
     def attend(

@@ -4,6 +4,7 @@ It finds the run's BoundCall in the model call's own transformer_options; withou
 that is called outside a sampling run) it is transparent.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,22 +41,27 @@ class Override:
                 options, kwargs,
             )  # fmt: skip
         call: BoundCall | None = options.get(BOUND)
+        key = None
+        if call is not None and not call.inside:
+            key = call.key(q, k, mask, skip_reshape, options, kwargs)
+            if call.declines(key):
+                key = None
+        if key is None and self.previous is None:  # most calls: nothing is built on the way
+            return func(
+                q, k, v, heads, mask=mask, attn_precision=attn_precision,
+                skip_reshape=skip_reshape, skip_output_reshape=skip_output_reshape, **kwargs,
+            )  # fmt: skip
         layout = {
             "mask": mask, "attn_precision": attn_precision, "skip_reshape": skip_reshape,
             "skip_output_reshape": skip_output_reshape,
         }  # fmt: skip
-        if call is not None and not call.inside:
-            key = call.key(q, k, mask, skip_reshape, options, kwargs)
-            if not call.declines(key):
-
-                def default() -> torch.Tensor:
-                    return self._pass_on(call, func, q, k, v, heads, layout, kwargs)
-
-                return call.attend(
-                    key, func, q, k, v, heads, mask, skip_reshape, skip_output_reshape, kwargs,
-                    default,
-                )  # fmt: skip
-        return self._pass_on(call, func, q, k, v, heads, layout, kwargs)
+        default = partial(self._pass_on, call, func, q, k, v, heads, layout, kwargs)
+        if key is None:
+            return default()
+        assert call is not None
+        return call.attend(
+            key, func, q, k, v, heads, mask, skip_reshape, skip_output_reshape, kwargs, default
+        )
 
     def _pass_on(
         self,

@@ -21,7 +21,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--managers", nargs="+", choices=MANAGERS, default=MANAGERS)
-    parser.add_argument("--out", type=Path, help="write offload.json into this folder")
+    parser.add_argument("--out", type=Path, help="write offload.json and offload.md here")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -32,12 +32,26 @@ def main() -> int:
     for one in found:
         print("\n".join(lines(one)))
     if options.out is not None:
-        from .environment import environment
-
-        command = "python bench offload --out FOLDER"
-        result = {"command": command, "environment": environment(), "models": found}
-        (options.out / "offload.json").write_text(json.dumps(result, indent=2) + "\n")
+        write(options.out, found)
     return 0 if all("error" not in one for one in found) else 1
+
+
+def write(folder: Path, found: list[dict[str, Any]]) -> bool:
+    """offload.json and its page into `folder`; nothing if every model failed (no GPU)."""
+    from .environment import environment
+    from .offload_pages import offload_page
+    from .setup_env import find_comfyui
+
+    if all("error" in one for one in found):
+        print("nothing was measured: offload.json and offload.md are left as they are")
+        return False
+    command = "python bench offload --out docs/benchmarks"
+    made = environment(comfyui=find_comfyui())
+    result = {"command": command, "environment": made, "models": found}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "offload.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (folder / "offload.md").write_text(offload_page(result), encoding="utf-8")
+    return True
 
 
 def measure(model: str, manager: str) -> dict[str, Any]:

@@ -133,8 +133,10 @@ def caps(case: Case, model: Any, shape: tuple[int, ...]) -> list[dict[str, Any]]
 
 
 def times(case: Case, model: Any, name: str, shape: tuple[int, ...]) -> dict[str, Any]:
-    """Seconds of a step: all resident, all streamed by ComfyUI, all streamed with prefetch."""
+    """Seconds of a step: all resident, without and with the node, all streamed by ComfyUI, all
+    streamed with prefetch."""
     _, resident = sample(case, model, shape)
+    _, speed = sample(case, apply_offload(model, OffloadConfig(mode="speed")), shape)
     _, core = sample(case, budgeted(model, 0.0, -1), shape)
     _, prefetch = sample(case, budgeted(model, 0.0, 0), shape)
     copying = memory.weight_bytes(model) / host.copy_rates(model.load_device)[0]
@@ -142,6 +144,7 @@ def times(case: Case, model: Any, name: str, shape: tuple[int, ...]) -> dict[str
     return {
         "size": name,
         "resident": resident,
+        "speed": speed,
         "core": core,
         "prefetch": prefetch,
         "copying": copying,

@@ -1,11 +1,11 @@
 """Speed against quality of every approximate technique, on the trained demo model.
 
-    python bench quality [--out FOLDER] [--num-seeds 30] [--accuracy N] [--parts cache svdquant]
+    python bench quality [--out FOLDER] [--num-seeds 30] [--accuracy N] [--parts cache ...]
 
 FOLDER (default output/bench) gets quality.json after every part, contact sheets, quality.png and
 quality.md; --resume goes on where a run was interrupted. Accuracy is measured only on request, over
-N pictures, 1,000 for a claim. Attention approximations need a GPU's kernels: nothing is emulated
-and shown as if it were theirs.
+N pictures, 1,000 for a claim. Attention kernels that approximate need a GPU; the part attention
+measures which error of its probe a picture bears.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import torch
 
 from ..backends.cache.apply import apply_cache
 from ..backends.cache.config import CacheConfig
-from . import quality_cache, quality_svdquant, tables
+from . import quality_attention, quality_cache, quality_svdquant, tables
 from .chart import draw_quality
 from .environment import environment
 from .in_process import use_comfyui
@@ -27,7 +27,11 @@ from .setup_env import PACK_ROOT
 from .trained import CLOCK_HELP, CLOCKS, TrainedModel
 
 OUTPUT = PACK_ROOT / "output" / "bench"
-PARTS = {"cache": quality_cache.curves, "svdquant": quality_svdquant.curves}
+PARTS = {
+    "cache": quality_cache.curves,
+    "attention": quality_attention.curves,
+    "svdquant": quality_svdquant.curves,
+}
 _BATCH = 50
 
 
@@ -35,6 +39,7 @@ def accuracy(lab: Lab, num: int) -> dict[str, Any]:
     """Paired: plain, and the caches at a few settings, over the same `num` seeds."""
     configs = {
         "cache, ratio 0.5 (default)": CacheConfig.from_ratio(0.5),
+        "cache, scm, ratio 0.5": CacheConfig.from_ratio(0.5, strategy="scm"),
         "cache, output, ratio 0.5": CacheConfig.from_ratio(0.5, strategy="output"),
     }
     lab.bar.reset(total=len(configs) + 1)

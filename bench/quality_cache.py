@@ -24,9 +24,22 @@ def curves(lab: Lab) -> list[dict[str, Any]]:
         ),
         _curve(
             lab,
-            "Block cache: always reuse, at most n in a row",
-            "F1 B0, warmup 4, threshold off; order 1 extrapolates what it reuses (TaylorSeer).",
-            {**_always("none", "order 0"), **_always("taylorseer", "order 1")},
+            "Threshold against streak",
+            "F1 B0, warmup 4, order 1: what reuses more at the same quality, a higher threshold or "
+            "a longer streak (reused evaluations in a row)? cache_ratio 0.5 has 0.48 and 3.",
+            {
+                f"streak {streak}, threshold {threshold:g}": _block(
+                    "taylorseer", threshold=threshold, streak=streak
+                )
+                for streak in (1, 2, 3, 4)
+                for threshold in (0.12, 0.24, 0.48, 0.96)
+            },
+        ),
+        _curve(
+            lab,
+            "Block cache without extrapolation: always reuse, at most n in a row",
+            "F1 B0, warmup 4, threshold off, order 0: the kept residual is repeated.",
+            {f"{n} in a row": _block("none", threshold=0.99, streak=n) for n in (1, 2, 3, 4)},
         ),
         _curve(
             lab,
@@ -37,10 +50,10 @@ def curves(lab: Lab) -> list[dict[str, Any]]:
         _curve(
             lab,
             "Step masks (strategy scm)",
-            "compute_share is the share of steps that are computed.",
+            "The share of steps that are computed; the others are extrapolated, order 1.",
             {
-                f"{share:g} computed": CacheConfig(
-                    strategy="scm", compute_share=share, warmup=4, front_blocks=1
+                f"{share:g} computed": CacheConfig.from_ratio(0.5, strategy="scm").with_(
+                    compute_share=share
                 )
                 for share in (0.75, 0.6, 0.5, 0.4, 0.3)
             },
@@ -59,18 +72,15 @@ def curves(lab: Lab) -> list[dict[str, Any]]:
 _RATIOS = (0.25, 0.5, 0.75, 1.0)
 
 
-def _always(calibrator: str, word: str) -> dict[str, CacheConfig]:
-    return {
-        f"{word}, {most} in a row": CacheConfig(
-            strategy="fbcache" if calibrator == "none" else "taylorseer",
-            warmup=4,
-            front_blocks=1,
-            residual_diff_threshold=0.99,
-            max_continuous_cached_steps=most,
-            calibrator=calibrator,
-        )
-        for most in (1, 2, 3, 4)
-    }
+def _block(calibrator: str, *, threshold: float, streak: int) -> CacheConfig:
+    return CacheConfig(
+        strategy="fbcache" if calibrator == "none" else "taylorseer",
+        warmup=4,
+        front_blocks=1,
+        residual_diff_threshold=threshold,
+        max_continuous_cached_steps=streak,
+        calibrator=calibrator,
+    )
 
 
 def _core(lab: Lab) -> dict[str, Any]:

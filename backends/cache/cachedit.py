@@ -5,6 +5,7 @@ every key has a context of its own whose step is the evaluation index we give it
 and masks stay ours. Names used exist in cache-dit 1.2.3 to 1.5.3 (DMD from 1.5).
 """
 
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -20,12 +21,18 @@ _FRONT, _RESIDUAL = "Fn_residual", "Bn_residual"
 PIP = "pip install cache-dit diffusers"
 
 
+@functools.cache  # reading it takes a millisecond; a running process never sees another one
+def installed_version() -> str | None:
+    """Of the package cache-dit."""
+    try:
+        return importlib.metadata.version("cache-dit")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def unavailable(calibrator: str = "none") -> str | None:
     """Why cache-dit cannot be the engine here, as a sentence that ends with the fix, or None."""
-    try:
-        version = importlib.metadata.version("cache-dit")
-    except importlib.metadata.PackageNotFoundError:
-        version = None
+    version = installed_version()
     if version is None or importlib.util.find_spec("cache_dit") is None:
         return f"cache-dit is not installed: {PIP}, or set engine to builtin."
     if calibrator == "dmd" and _version_numbers(version) < (1, 5):
@@ -60,7 +67,7 @@ class CacheDitEngine:
 
     def __init__(self, config: CacheConfig):
         caching = _import_cache_dit()
-        self.label = f"cache-dit {importlib.metadata.version('cache-dit')}"
+        self.label = f"cache-dit {installed_version()}"
         self._config, self._caching = config, caching
         self._manager = caching.CachedContextManager(name="slipstream", persistent_context=True)
         self._contexts: dict[Hashable, Any] = {}

@@ -32,8 +32,7 @@ SCM_POLICIES = ("dynamic", "static")
 MAX_THRESHOLD = 0.99  # cache-dit reads 1.0 as "always reuse, do not compare"
 
 _RATIOS = (0.0, 0.25, 0.5, 0.75, 1.0)
-# The middle is SGLang's default (F1 B0 W4 R.24 MC3); docs/benchmarks/quality.md has the curve on
-# the trained demo model. On large models: unverified.
+# The middle is SGLang's default (F1 B0 W4 R.24 MC3). Large models: unverified.
 _THRESHOLD = (0.06, 0.12, 0.24, 0.35, 0.50)
 _MAX_CONTINUOUS = (1, 2, 3, 4, 6)
 _FRONT_BLOCKS = (8, 4, 2, 1, 1)

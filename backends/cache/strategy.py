@@ -29,6 +29,10 @@ from .unet import DeepCache
 
 FEWEST_STEPS = 6  # below, comparing steps has nothing to go by
 AUTO_SCM_BELOW = 8
+# What is extrapolated keeps more quality by a shorter streak than by a lower threshold: on the
+# trained demo model, twice the threshold of cache_ratio 0.5 reuses 11 of 20 evaluations instead of
+# 8 and stays above 40 dB (docs/benchmarks/quality.md, "Threshold against streak").
+EXTRAPOLATED_THRESHOLD = 2.0
 _COMPARING = ("cache-dit", "fbcache", "taylorseer", "teacache")
 
 
@@ -225,8 +229,11 @@ def settle(config: CacheConfig, strategy: str, model: Model, run: Run) -> CacheC
     if strategy == "fastercache-cfg":
         changes["cfg_mode"] = "separate"
     by_auto = config.strategy == "auto" and strategy == "cache-dit"
-    if config.calibrator == "none" and (by_auto or strategy == "taylorseer"):
+    if config.calibrator == "none" and (by_auto or strategy in ("taylorseer", "scm")):
         changes["calibrator"] = "taylorseer"
+        if config.cache_ratio is not None:
+            threshold = EXTRAPOLATED_THRESHOLD * config.residual_diff_threshold
+            changes["residual_diff_threshold"] = threshold
     if strategy == "teacache":
         coefficients = coefficients_of(model.network)
         assert coefficients is not None

@@ -116,6 +116,38 @@ def test_half_ratio_runs_blocks_1_8_times_less_often(models, family):
     assert total / found["blocks_computed"] >= 1.8
 
 
+@pytest.mark.parametrize(
+    ("strategy", "calibrator", "threshold"),
+    [
+        ("auto", "taylorseer", 0.48),
+        ("taylorseer", "taylorseer", 0.48),
+        ("cache-dit", "none", 0.24),
+        ("fbcache", "none", 0.24),
+    ],
+)
+def test_twice_the_threshold_where_the_residual_is_extrapolated(
+    models, strategy, calibrator, threshold
+):
+    patched = apply_cache(models["wan"], CacheConfig.from_ratio(0.5, strategy=strategy))
+    sample(patched, "wan", steps=8)
+    found = section(patched)
+    assert found["settings"]["calibrator"] == calibrator
+    assert found["threshold"] == pytest.approx(threshold)
+
+
+def test_scm_extrapolates_and_is_closer_for_it(models):
+    plain = sample(models["wan"], "wan")
+    patched = apply_cache(models["wan"], CacheConfig.from_ratio(0.5, strategy="scm"))
+    extrapolated = sample(patched, "wan")
+    found = section(patched)
+    assert found["settings"]["calibrator"] == "taylorseer"
+    repeating = cached(models["wan"], "cache-dit", scm="off", residual_diff_threshold=0.99,
+                       warmup=4, max_continuous_cached_steps=1)  # fmt: skip
+    repeated = sample(repeating, "wan")
+    assert section(repeating)["hits"] <= found["hits"]
+    assert relerr(extrapolated, plain) < relerr(repeated, plain)
+
+
 @BOTH
 def test_time_drops(models, family):
     """Two thirds of the steps reused: well below the plain time even on a busy machine."""

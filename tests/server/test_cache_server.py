@@ -39,7 +39,7 @@ def test_plain_cached_plain_again(server):
     assert found["strategy"] == "scm"
     assert found["hits"] > 0
     assert found["blocks_skipped"] == 5 * found["hits"]
-    assert "scm: " in noded.outputs["report"]["text"][0]
+    assert "scm with taylorseer: " in noded.outputs["report"]["text"][0]
     assert noded.outputs["report"]["images"]
     queue_client.run(server, flux_prompt(seed=302, steps=2))
     again = queue_client.run(server, flux_prompt(seed=301, steps=STEPS))

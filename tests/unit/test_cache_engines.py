@@ -156,17 +156,14 @@ def test_keys_have_contexts_of_their_own():
 
 
 def test_missing_cache_dit_is_a_sentence_with_the_pip_line(monkeypatch):
-    def missing(name):
-        raise cachedit.importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(cachedit.importlib.metadata, "version", missing)
+    monkeypatch.setattr(cachedit, "installed_version", lambda: None)
     assert cachedit.unavailable() == (
         "cache-dit is not installed: pip install cache-dit diffusers, or set engine to builtin."
     )
 
 
 def test_dmd_of_an_old_cache_dit_is_a_sentence(monkeypatch):
-    monkeypatch.setattr(cachedit.importlib.metadata, "version", lambda name: "1.3.12")
+    monkeypatch.setattr(cachedit, "installed_version", lambda: "1.3.12")
     monkeypatch.setattr(cachedit.importlib.util, "find_spec", lambda name: object())
     assert cachedit.unavailable("dmd") == "dmd needs cache-dit 1.5 or newer, found 1.3.12."
 
@@ -175,7 +172,7 @@ def test_broken_cache_dit_is_a_sentence(monkeypatch):
     def broken():
         raise ImportError("no diffusers")
 
-    monkeypatch.setattr(cachedit.importlib.metadata, "version", lambda name: "1.5.3")
+    monkeypatch.setattr(cachedit, "installed_version", lambda: "1.5.3")
     monkeypatch.setattr(cachedit.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(cachedit, "_import_cache_dit", broken)
     assert cachedit.unavailable().startswith("cache-dit 1.5.3 cannot be imported (no diffusers)")

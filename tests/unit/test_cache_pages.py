@@ -3,7 +3,8 @@
 import json
 
 from comfy_home import PACK_ROOT
-from slipstream.backends.cache.config import CacheConfig
+from slipstream.backends.cache.config import MAX_THRESHOLD, CacheConfig
+from slipstream.backends.cache.strategy import EXTRAPOLATED_THRESHOLD
 from slipstream.bench import cache_pages
 
 FOLDER = PACK_ROOT / "docs" / "benchmarks"
@@ -50,9 +51,13 @@ def test_the_guide_shows_the_measured_table_and_the_ratio_table_of_the_code():
     assert [row for row in rows if row not in guide] == []
 
     configs = [CacheConfig.from_ratio(ratio) for ratio in (0, 0.25, 0.5, 0.75, 1)]
-    thresholds = " | ".join(f"{c.residual_diff_threshold:.2f}"[1:] for c in configs)
+    plain = [c.residual_diff_threshold for c in configs]
+    extrapolated = [min(EXTRAPOLATED_THRESHOLD * one, MAX_THRESHOLD) for one in plain]
+    thresholds, doubled = (
+        " | ".join(f"{one:.2f}"[1:] for one in row) for row in (plain, extrapolated)
+    )
     streaks = " | ".join(str(c.max_continuous_cached_steps) for c in configs)
     shares = " | ".join(f"{c.compute_share + 1e-9:.2f}"[1:] for c in configs)
     intervals = " | ".join(str(c.deep_interval) for c in configs)
-    for row in (thresholds, streaks, shares, intervals):
+    for row in (thresholds, doubled, streaks, shares, intervals):
         assert f"| {row} |" in guide

@@ -143,6 +143,8 @@ def _model_json(model: LoadedModel) -> dict[str, Any]:
 
 
 def _headline(use: MemoryUse) -> str:
+    if use.device == "cpu":
+        return "memory: the model runs on the CPU, so there is no VRAM to count"
     if use.peak_bytes is None or use.total_bytes is None:
         return f"memory: {use.device} has no counters of device memory"
     stages = ", ".join(

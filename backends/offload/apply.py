@@ -72,14 +72,14 @@ def hook_blocks(executor: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _check_manual(model: Any, config: OffloadConfig) -> None:
     """The two numbers of mode manual are followed exactly, or refused with the fix."""
+    reason = host.unsupported(model)
+    if reason is not None:
+        raise OffloadError(f"mode manual: {reason}. Choose mode auto or off.")
     total = memory.weight_bytes(model)
     if config.budget_bytes is None:
         raise OffloadError(
             f"mode manual needs vram_budget_gb above 0; this model's weights are {gib(total)} GiB."
         )
-    reason = host.unsupported(model)
-    if reason is not None:
-        raise OffloadError(f"mode manual: {reason}. Choose mode auto or off.")
     if config.prefetch < 0:
         return
     reason = why_no_prefetch(model, config)

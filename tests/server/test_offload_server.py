@@ -61,7 +61,7 @@ def test_prefetch_may_be_left_out_or_given(server):
 @pytest.mark.parametrize(
     ("widgets", "sentence"),
     [
-        ({"mode": "manual"}, "mode manual needs vram_budget_gb above 0"),
+        ({"mode": "manual"}, f"mode manual: {CPU_REASON}"),
         ({"mode": "manual", "vram_budget_gb": 4.0}, f"mode manual: {CPU_REASON}"),
         ({"prefetch": 1.5}, "it must be -1, a fraction below 1, or a whole number"),
         ({"prefetch": -0.5}, "prefetch is -0.5"),
@@ -75,8 +75,24 @@ def test_mistakes_are_one_sentence(server, widgets, sentence):
 
 
 @pytest.mark.parametrize(
-    "widgets", [{"mode": "fast"}, {"vram_budget_gb": -1.0}, {"vram_budget_gb": 1000.0}]
+    ("widgets", "sentence"),
+    [
+        ({"mode": "fast"}, "'fast' not in ['auto', 'speed', 'memory', 'manual', 'off']"),
+        ({"vram_budget_gb": -1.0}, "Value -1.0 smaller than min of 0.0"),
+        ({"vram_budget_gb": 1000.0}, "Value 1000.0 bigger than max of 512.0"),
+        ({"prefetch": "nonsense"}, "prefetch, nonsense, could not convert string to float"),
+    ],
 )
-def test_values_out_of_range_are_rejected(server, widgets):
-    with pytest.raises(queue_client.PromptRejected):
+def test_values_out_of_range_are_rejected(server, widgets, sentence):
+    with pytest.raises(queue_client.PromptRejected) as caught:
         queue_client.run(server, with_offload(flux_prompt(seed=641), **widgets))
+    assert sentence in str(caught.value)
+
+
+def test_mode_off_is_bit_identical(server):
+    plain = digest(queue_client.run(server, flux_prompt(seed=651)))
+    for widgets in ({"mode": "off"}, {"mode": "off", "vram_budget_gb": 1.0}):
+        off = queue_client.run(server, with_offload(flux_prompt(seed=651), **widgets))
+        assert digest(off) == plain
+        assert "offload: nothing done, mode is off" in off.outputs["report"]["text"][0]
+        assert "on the CPU, so there is no VRAM to count" in off.outputs["report"]["text"][0]

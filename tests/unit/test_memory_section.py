@@ -106,15 +106,22 @@ def test_json_and_lines():
     )
 
 
-def test_a_device_without_counters():
+@pytest.mark.parametrize(
+    ("device", "line"),
+    [
+        ("cpu", "memory: the model runs on the CPU, so there is no VRAM to count"),
+        ("mps", "memory: mps has no counters of device memory"),
+    ],
+)
+def test_a_device_without_counters(device, line):
     stages = dict.fromkeys(("load", "sampling", "decode"))
-    one = model(on_cpu=True, device="cpu")
+    one = model(on_cpu=device == "cpu", device=device)
     made = section(
-        MemoryUse(device="cpu", total_bytes=None, reserve_bytes=0, stages=stages, models=(one,))
+        MemoryUse(device=device, total_bytes=None, reserve_bytes=0, stages=stages, models=(one,))
     )
     assert made.json["peak_bytes"] is None
     assert made.json["could_stay_resident"] == []
-    assert made.lines[0] == "memory: cpu has no counters of device memory"
+    assert made.lines[0] == line
 
 
 def test_precision_of_sizes():

@@ -7,6 +7,7 @@ from slipstream.backends import conflicts, host
 from slipstream.backends.offload.apply import apply_offload
 from slipstream.backends.offload.config import MODES, OffloadConfig, OffloadError
 from slipstream.backends.run import attached, run_log
+from slipstream.bench.offload_overhead import RoomyPatcher
 
 CPU_REASON = "the model runs on the CPU: there is no VRAM to budget"
 
@@ -59,29 +60,22 @@ def test_memory_section_without_device_counters():
     assert memory["could_stay_resident"] == []
 
 
-class Sized(fake_patcher.FakePatcher):
-    """With the one method of ComfyUI's patchers that mode manual asks first."""
+@pytest.mark.parametrize("budget", [0.0, 1.0])
+def test_manual_is_refused_with_the_reason(budget):
+    config = OffloadConfig(mode="manual", vram_budget_gb=budget)
+    with pytest.raises(OffloadError, match=f"mode manual: {CPU_REASON}. Choose mode auto or off."):
+        apply_offload(fake_patcher.FakePatcher(), config)
 
+
+class Large(RoomyPatcher):
     def model_size(self):
         return 3 << 30
 
 
-@pytest.mark.parametrize(
-    ("config", "sentence"),
-    [
-        (
-            OffloadConfig(mode="manual"),
-            r"mode manual needs vram_budget_gb above 0; this model's weights are 3\.00 GiB\.",
-        ),
-        (
-            OffloadConfig(mode="manual", vram_budget_gb=1.0),
-            f"mode manual: {CPU_REASON}. Choose mode auto or off.",
-        ),
-    ],
-)
-def test_manual_says_what_is_wrong(config, sentence):
+def test_manual_on_an_accelerator_needs_a_budget():
+    sentence = r"mode manual needs vram_budget_gb above 0; this model's weights are 3\.00 GiB\."
     with pytest.raises(OffloadError, match=sentence):
-        apply_offload(Sized(), config)
+        apply_offload(Large(), OffloadConfig(mode="manual"))
 
 
 class FSDPModule:

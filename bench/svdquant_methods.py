@@ -1,6 +1,6 @@
 """What each step of SVDQuant's quantiser buys, on synthetic layers with and without outliers.
 
-    python bench svdquant_methods [--size 3072] [--seeds 2]
+    python bench svdquant_methods [--size 3072] [--seeds 2] [--out docs/benchmarks]
 
 Relative error of a layer's output against the 16-bit layer, on inputs that calibration has not
 seen: W4A4 with 4-bit inputs as the kernels round them, W4A16 with full inputs. The layers have a
@@ -8,12 +8,17 @@ power-law spectrum, heavy weights and uneven inputs, or are Gaussian; they are n
 """
 
 import argparse
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from ..backends.svdquant.quantize import Quantised, quantise, quantise_inputs, round_int4
 from ..backends.svdquant.smoothing import choose_smooth
+from .environment import environment
+from .setup_env import PACK_ROOT
+from .svdquant_pages import methods_page
 
 NUM_INPUTS = 256
 
@@ -79,21 +84,41 @@ def methods(
     }
 
 
+def mean_errors(size: int, num_seeds: int, outliers: bool) -> dict[str, list[float]]:
+    """Method -> [W4A4, W4A16], the mean over the seeds."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for seed in range(num_seeds):
+        weight, inputs = layer(size, seed, outliers)
+        known, unseen = inputs.chunk(2)
+        for name, (precision, how) in methods(weight, known).items():
+            pair = errors(weight, how(), unseen, precision)
+            found.setdefault(name, []).append(pair)
+    return {
+        name: [round(sum(pair[i] for pair in pairs) / num_seeds, 4) for i in (0, 1)]
+        for name, pairs in found.items()
+    }
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", type=int, default=3072)
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=PACK_ROOT / "output" / "bench")
     options = parser.parse_args()
-    for outliers in (True, False):
-        print("with outliers" if outliers else "Gaussian")
-        found: dict[str, list[tuple[float, float]]] = {}
-        for seed in range(options.seeds):
-            weight, inputs = layer(options.size, seed, outliers)
-            known, unseen = inputs.chunk(2)
-            for name, (precision, how) in methods(weight, known).items():
-                pair = errors(weight, how(), unseen, precision)
-                found.setdefault(name, []).append(pair)
-        for name, pairs in found.items():
-            w4a4, w4a16 = (sum(pair[i] for pair in pairs) / len(pairs) for i in (0, 1))
-            print(f"  {name:30} W4A4 {w4a4:.3f}  W4A16 {w4a16:.3f}")
+    made = environment()
+    heavy, gaussian = (mean_errors(options.size, options.seeds, kind) for kind in (True, False))
+    found = {
+        "command": f"python bench svdquant_methods --size {options.size} --seeds {options.seeds}",
+        "environment": made,
+        "size": options.size,
+        "num_seeds": options.seeds,
+        "rows": [
+            {"name": name, "outliers": heavy[name], "gaussian": gaussian[name]} for name in heavy
+        ],
+    }
+    page = methods_page(found)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "svdquant-methods.json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+    (options.out / "svdquant-methods.md").write_text(page, "utf-8")
+    print(page)
     return 0

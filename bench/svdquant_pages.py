@@ -1,0 +1,69 @@
+"""The pages of docs/benchmarks on SVDQuant, from their JSON."""
+
+from collections.abc import Callable
+from typing import Any
+
+from .tables import _preface, table
+
+Json = dict[str, Any]
+
+
+def convert_page(found: Json) -> str:
+    """docs/benchmarks/svdquant-convert.md"""
+    parts = ["# How long SVDQuant Convert takes", *_preface(found)]
+    kinds = {name: name.removesuffix("s").replace("_", " ") for name in found["num_blocks"]}
+    blocks = " and ".join(f"{found['num_blocks'][name]} {kinds[name]}s" for name in kinds)
+    parts.append(
+        f"A 12B FLUX.1, extrapolated from one block of each kind at full width ({blocks}); random "
+        f"weights; the quickest of {found['num_rounds']} rounds. "
+        f"The goal is {found['goal_minutes']} minutes on two cores. The machine did other work at "
+        "the time, as the slowest round shows. Processor minutes add up over threads."
+    )
+    header = ["setting", "minutes", "goal", "slowest round", "processor minutes"]
+    header += [f"s a {kind}" for kind in kinds.values()]
+    header += ["size of the blocks"]
+    parts.append(table(header, [_convert_row(found, row) for row in found["rows"]]))
+    parts.append(
+        f"Peak memory of the process: {found['peak_memory_bytes'] / 1e9:.1f} GB, for torch, the "
+        "source (1.1 GB, made in memory) and the largest layer in fp32."
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def _convert_row(found: Json, row: Json) -> list[str]:
+    before, after = row["bytes"]
+    return [
+        row["name"],
+        f"{row['minutes']:.1f}",
+        "met" if row["minutes"] <= found["goal_minutes"] else "missed",
+        f"{row['slowest_minutes']:.1f}",
+        f"{row['cpu_minutes']:.1f}",
+        *(f"{row['seconds_per_block'][name]:.1f}" for name in found["num_blocks"]),
+        f"{after / before:.0%} of 16-bit",
+    ]
+
+
+def methods_page(found: Json) -> str:
+    """docs/benchmarks/svdquant-methods.md"""
+    parts = ["# What each step of SVDQuant's quantiser buys", *_preface(found)]
+    parts.append(
+        f"Relative error of a layer's output against the 16-bit layer, on inputs that calibration "
+        f"has not seen; synthetic layers of {found['size']} x {found['size']}, mean of "
+        f"{found['num_seeds']} seeds. 4-bit inputs are rounded as the kernels do it, full inputs "
+        "are not. Layers with outliers have a power-law spectrum, heavy weights and uneven inputs; "
+        "none are trained."
+    )
+    header = ["method", "outliers, 4-bit inputs", "outliers, full inputs"]
+    header += ["Gaussian, 4-bit inputs", "Gaussian, full inputs"]
+    rows = [
+        [row["name"], *(f"{value:.3f}" for value in (*row["outliers"], *row["gaussian"]))]
+        for row in found["rows"]
+    ]
+    parts.append(table(header, rows))
+    return "\n\n".join(parts) + "\n"
+
+
+PAGES: dict[str, Callable[[Json], str]] = {
+    "svdquant-convert": convert_page,
+    "svdquant-methods": methods_page,
+}

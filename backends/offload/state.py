@@ -177,6 +177,10 @@ class OffloadState:
             outcome.plan, outcome.prefetch_gain = proposal.plan, proposal.prefetch_gain
             outcome.copy_rates = proposal.copy_rates
             outcome.is_plan_in_force = tuner.setting.resident_bytes is not None
+            if proposal.is_short and outcome.is_plan_in_force:
+                outcome.remarks.append(
+                    "the device was too full for activations: fewer weights stay"
+                )
         elif self._config.mode in ("speed", "memory") and tuner.num_steps <= PLANNED_STEP:
             outcome.remarks.append(f"no plan: it needs more than {PLANNED_STEP} steps")
         outcome.predicted_step_seconds = tuner.predicted_step_seconds

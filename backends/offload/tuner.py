@@ -2,7 +2,8 @@
 
 Step 0 warms up. Step 1 is measured block by block, before anything changes. At the start of step
 2 the plan is made and put in force; step 3 is held against step 1, and a change that made it more
-than 3 % slower is rolled back. A run that begins with the setting of an earlier one measures only.
+than 3 % slower is rolled back, but not one that gave way on a device too full for activations. A
+run that begins with the setting of an earlier one measures only, unless there is room again.
 """
 
 from collections.abc import Sequence
@@ -150,9 +151,7 @@ class Tuner:
             self._patcher, self._units, self._measured, self._config, buffer_bytes
         )
         if self.is_fixed:
-            if self.setting.prefetches:
-                self.predicted_step_seconds = proposal.unchanged_seconds
-            return None
+            return self._keep_or_fill(proposal)
         mode, plan, before = self._config.mode, proposal.plan, self.setting
         moves = mode == "memory" or proposal.is_short
         wants_prefetch = mode == "speed" and plan.depth >= 0 and self._can_prefetch
@@ -165,7 +164,19 @@ class Tuner:
             self.predicted_step_seconds = (
                 proposal.step_seconds if moves else proposal.unchanged_seconds
             )
-        return self._change_to(after)
+        return self._change_to(after, may_undo=not proposal.is_short)
+
+    def _keep_or_fill(self, proposal: Proposal) -> Setting | None:
+        """A run that follows an earlier one changes only if the device is no longer too full."""
+        if self.setting.prefetches:
+            self.predicted_step_seconds = proposal.unchanged_seconds
+        gave_way = (
+            self._config.mode in ("auto", "speed") and self.setting.resident_bytes is not None
+        )
+        if not gave_way or proposal.plan.resident_bytes is not None:
+            return None
+        self.predicted_step_seconds = None
+        return self._change_to(Setting(), may_undo=False)
 
     def _judge(self) -> Setting | None:
         counters.synchronize(self._device)
@@ -175,14 +186,14 @@ class Tuner:
             return None
         self.is_rolled_back = True
         self.predicted_step_seconds = None
-        return self._change_to(self._previous)
+        return self._change_to(self._previous, may_undo=False)
 
-    def _change_to(self, setting: Setting) -> Setting | None:
+    def _change_to(self, setting: Setting, *, may_undo: bool) -> Setting | None:
         before = self.setting
         if setting == before:
             return None
         # More resident weights alone cannot make a step slower: nothing to judge.
         only_raises = before.prefetches == setting.prefetches and before.resident_bytes == 0
-        self._previous = None if only_raises or self.is_rolled_back else before
+        self._previous = before if may_undo and not only_raises else None
         self.setting = setting
         return setting

@@ -16,6 +16,7 @@ from slipstream.backends.memory import host as memory
 from slipstream.backends.offload import budget, host
 from slipstream.backends.offload.apply import apply_offload
 from slipstream.backends.offload.config import GIB, OffloadConfig, OffloadError
+from slipstream.backends.run import run_log
 from slipstream.backends.svdquant.host import load_svdquant
 from slipstream.parallel.runs import CallFacts, config_fields
 from slipstream.parallel.worker import LoadedModel
@@ -126,10 +127,63 @@ def test_auto_says_what_prefetch_could_save_and_leaves_it(env, monkeypatch):
     assert run["plan"] is not None
 
 
-def test_all_resident_says_that_offload_gains_nothing(env):
-    patched = in_mode(load("wan"), "auto")
+@pytest.mark.parametrize("mode", ["auto", "speed"])
+def test_all_resident_says_that_offload_gains_nothing(env, monkeypatch, mode):
+    monkeypatch.setattr(host, "copy_rates", lambda device: pytest.fail("nothing has to be copied"))
+    patched = in_mode(load("wan"), mode)
     sample(patched, "wan", steps=STEPS)
-    assert "off is as fast" in report(patched)["offload"]["plan"]["why"]
+    found = report(patched)["offload"]
+    assert "off is as fast" in found["plan"]["why"]
+    assert found["pinned_bytes_per_second"] is None
+    assert found["block_copies"] == 0
+
+
+def test_auto_gives_way_when_the_device_fills(env, monkeypatch):
+    """Another program takes the memory that activations need, then gives it back."""
+    monkeypatch.setattr(host, "copy_rates", lambda device: (50e9, 50e9))
+    monkeypatch.setattr("slipstream.backends.offload.tuner.SLOWER", -1.0)  # any step is too slow
+    model = load("wan")
+    full = sample(model, "wan", steps=STEPS, cfg=1.0)  # a full device splits cond and uncond
+    env.end_node()
+    patched = in_mode(model, "auto")
+
+    def fill(step, *_):
+        if step == 0:
+            env.device.total_bytes = env.device.held()
+
+    assert sample(patched, "wan", steps=STEPS, cfg=1.0, callback=fill).equal(full)
+    assert resident_share(patched) < 0.95
+    text = run_log(patched).latest().to_text()
+    assert "  plan: " in text
+    assert "the device was too full for activations" in text
+    assert not report(patched)["offload"]["rolled_back"]
+    env.end_node()
+    env.device.total_bytes = 10**12
+    for _ in range(2):
+        assert sample(patched, "wan", steps=STEPS, cfg=1.0).equal(full)
+        env.end_node()
+    assert resident_share(patched) > 0.95
+    assert leftovers(model) == NOTHING
+
+
+def test_copy_rates_are_measured_once_and_leave_nothing(env, monkeypatch):
+    device = torch.device("fakegpu:0")
+    unpinned = []
+    monkeypatch.setattr(management, "pin_memory", lambda tensor: True)
+    monkeypatch.setattr(management, "unpin_memory", unpinned.append)
+    held = env.device.held()
+    host.copy_rates.cache_clear()
+    env.device.total_bytes = held + (32 << 20)  # the chunk takes a quarter of what is free
+    env.device.reset_peak()
+    rates = host.copy_rates(device)
+    assert min(rates) > 0
+    assert env.device.peak() - held == 8 << 20
+    assert env.device.held() == held
+    assert [tensor.nbytes for tensor in unpinned] == [8 << 20]
+    copied = env.device.copied_in()
+    assert host.copy_rates(device) == rates
+    assert env.device.copied_in() == copied
+    host.copy_rates.cache_clear()
 
 
 @pytest.mark.parametrize("cache_first", [False, True])

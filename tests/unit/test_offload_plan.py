@@ -182,6 +182,16 @@ def test_activations_and_reserve_are_kept_free():
     assert needed(same(20, 10**9, 0.1), plan) <= 6 * 10**9
 
 
+@pytest.mark.parametrize(("share", "rate"), [(1, 20e9), (0, 4e9), (0.5, 20e9 / 3), (2, 20e9)])
+def test_pageable_weights_slow_copies_down(share, rate):
+    """Parts follow each other: half pinned at 20 GB/s and half at 4 GB/s is a third of 20."""
+    found = DeviceFacts(
+        pinned_rate=20e9, pageable_rate=4e9, pinned_share=share, room_bytes=0, activation_bytes=0,
+        reserve_bytes=0,
+    )  # fmt: skip
+    assert found.rate == pytest.approx(rate)
+
+
 def test_largest_first_is_what_comfyui_does():
     """Small modules first, then by size, until the cap."""
     blocks = [

@@ -7,7 +7,7 @@ import torch
 from slipstream.backends.offload import host, tuner
 from slipstream.backends.offload.config import OffloadConfig
 from slipstream.backends.offload.measure import Proposal
-from slipstream.backends.offload.plan import Forecast, OffloadPlan
+from slipstream.backends.offload.plan import Forecast, OffloadPlan, all_resident
 from slipstream.backends.offload.tuner import JUDGED_STEP, MEASURED_STEP, Decision, Setting, Tuner
 
 PLAN = OffloadPlan(
@@ -33,10 +33,10 @@ class Clock:
         return end - begin
 
 
-def make(monkeypatch, config, steps=(), *, is_short=False, can_prefetch=True):
+def make(monkeypatch, config, steps=(), *, is_short=False, can_prefetch=True, plan=PLAN):
     """A tuner whose steps take `steps` seconds and whose plan is PLAN."""
     proposal = Proposal(
-        plan=PLAN, step_seconds=0.9, unchanged_seconds=0.8, prefetch_gain=0.2, is_short=is_short
+        plan=plan, step_seconds=0.9, unchanged_seconds=0.8, prefetch_gain=0.2, is_short=is_short
     )
     monkeypatch.setattr(tuner.measure, "propose", lambda *args: proposal)
     monkeypatch.setattr(host, "has_weight_hooks", lambda patcher: False)
@@ -81,6 +81,23 @@ def test_auto_changes_nothing(monkeypatch):
 def test_auto_gives_way_where_the_device_is_short(monkeypatch):
     one = make(monkeypatch, OffloadConfig(mode="auto"), is_short=True)
     assert run(one, 3) == {2: Setting(resident_bytes=500, first_blocks=(0, 2))}
+
+
+def test_a_slower_step_does_not_undo_what_a_full_device_needs(monkeypatch):
+    one = make(monkeypatch, OffloadConfig(mode="auto"), steps=[9, 1, 1, 5, 1], is_short=True)
+    assert run(one, 6) == {2: Setting(resident_bytes=500, first_blocks=(0, 2))}
+    assert not one.is_rolled_back
+
+
+def test_a_later_run_takes_the_room_that_is_there_again(monkeypatch):
+    gave_way = Setting(resident_bytes=500, first_blocks=(0, 2))
+    known = Decision(setting=gave_way, predicted_step_seconds=None)
+    for plan, changes in ((PLAN, {}), (all_resident([]), {2: Setting()})):
+        one = make(monkeypatch, OffloadConfig(mode="auto"), steps=[9, 1, 1, 5], plan=plan)
+        one.follow(known)
+        assert one.setting == gave_way
+        assert run(one, 6) == changes
+        assert one.decision().setting == (changes.get(2) or gave_way)
 
 
 def test_speed_turns_prefetch_on(monkeypatch):

@@ -69,7 +69,7 @@ class SlipstreamSequenceParallel(io.ComfyNode):
                     "idle_s", default=900, min=0, max=604800, optional=True, advanced=True,
                     tooltip=(
                         "Unused processes end after so many seconds and free their memory; the "
-                        "next prompt starts them again (about 6 s). 0: never."
+                        "next prompt starts them again (some seconds). 0: never."
                     ),
                 ),
             ],

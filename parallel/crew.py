@@ -64,11 +64,18 @@ class Crew:
         missing = [device for device, one in zip(devices, found, strict=True) if one is None]
         started = self._launch(missing, setting, meanwhile) if missing else []
         fresh = iter(started)
-        self.workers = [next(fresh) if one is None else one for one in found] + spare
-        for number, worker in enumerate(self.workers, 1):
-            worker.number = number
+        self._set([next(fresh) if one is None else one for one in found] + spare)
         self._greet(started, setting, meanwhile, progress)
         return self.workers != before
+
+    def drop(self, lost: Sequence[Worker]) -> None:
+        """Forget workers that are gone."""
+        self._set([worker for worker in self.workers if worker not in lost])
+
+    def _set(self, workers: list[Worker]) -> None:
+        self.workers = workers
+        for number, worker in enumerate(workers, 1):
+            worker.number = number
 
     def _launch(
         self, devices: Sequence[str], setting: Setting, meanwhile: Meanwhile

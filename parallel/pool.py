@@ -263,7 +263,7 @@ class Pool:
         cause, lost = recover(
             self.workers, error, grace_s=min(timeout_s, _MAX_GRACE_S), timeout_s=timeout_s
         )
-        self.crew.workers = [w for w in self.workers if w not in lost]
+        self.crew.drop(lost)
         return cause
 
     # --- ends

@@ -10,27 +10,30 @@ import sys
 import textwrap
 import threading
 import time
-from multiprocessing import AuthenticationError
+from multiprocessing import AuthenticationError, Pipe
 from multiprocessing.connection import Client
 from pathlib import Path
 
 import comfy_home
 import fake_net
+import fake_worker
 import pytest
 import torch
 from fake_patcher import FakePatcher
 from patience import patience
 from slipstream.backends.run import CALL, BranchKey, ModelCall, Run
 from slipstream.parallel import run_state
+from slipstream.parallel.channel import Channel
 from slipstream.parallel.config import SequenceParallelConfig
 from slipstream.parallel.crew import Setting
 from slipstream.parallel.launcher import LocalLauncher, Spec, StartFailed, worker_environment
-from slipstream.parallel.messages import Load, Ping, to_bytes
+from slipstream.parallel.messages import Done, Load, Ping, to_bytes
 from slipstream.parallel.network_call import NetworkCall
 from slipstream.parallel.payload import encode_patches
 from slipstream.parallel.pool import Model, Pool
 from slipstream.parallel.route import BRANCH, Baton, run_both
 from slipstream.parallel.run_state import ParallelRun, Shared
+from slipstream.parallel.serve import Server
 from slipstream.parallel.workers import WorkerError, ask
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals and /proc")
@@ -120,7 +123,10 @@ def test_calls_are_shared_and_counted(pool):
     assert (found["workers"], found["calls_distributed"], found["calls_local"]) == (3, 3, 0)
     assert found["ulysses"] == 3
     assert found["bytes_exchanged"] > 0
+    assert set(found["seconds"]) == {"compute", "exchange", "broadcast"}
     assert min(found["seconds"].values()) > 0
+    assert found["reasons"] == {}
+    assert (found["ring"], found["cfg"]) == (1, 1)
 
 
 def test_a_call_costs_little_beside_its_tokens(pool, monkeypatch):
@@ -465,6 +471,69 @@ def test_a_worker_that_was_busy_lately_is_not_asked_and_its_loss_is_told(pool):
     error, _ = fails(session)
     assert "Worker 1 (cpu) ended with code" in str(error)
     assert close(session.call(), session.expected())
+
+
+class OneAtATime(fake_worker.Models):
+    """Threads of one process have one random generator, from which weights come."""
+
+    lock = threading.Lock()
+
+    def load(self, message):
+        with self.lock:
+            return super().load(message)
+
+
+class ThreadHandle:
+    """A worker that is a thread."""
+
+    def __init__(self, launcher):
+        ours, theirs = Pipe()
+        self.channel, self.pid = Channel(ours), 0
+        self._thread = threading.Thread(target=launcher.work, args=(Channel(theirs),), daemon=True)
+        self._thread.start()
+
+    def exit_code(self):
+        return None if self._thread.is_alive() else 0
+
+    def log_tail(self):
+        return ""
+
+    def kill(self):
+        self.channel.close()
+        self._thread.join()
+
+
+class ThreadLauncher:
+    """All that a launcher has to be: handles with channels to something that serves them."""
+
+    def __init__(self, folder):
+        self.folder, self.started = folder, []
+
+    def start(self, specs, *, meanwhile=None):
+        self.started += [spec.device for spec in specs]
+        return [ThreadHandle(self) for _ in specs]
+
+    def work(self, channel):
+        start, _ = channel.recv()
+        channel.send(Done())
+        Server(channel, OneAtATime(), torch.device(start.device), start.idle_s).serve()
+
+    def close(self):
+        self.started.clear()
+
+
+def test_another_launcher_needs_no_other_engine(tmp_path):
+    launcher = ThreadLauncher(tmp_path)
+    pool = Pool(lambda: launcher)
+    try:
+        session = Session(pool, 3)
+        for _ in range(2):
+            assert close(session.call(), session.expected())
+        assert launcher.started == ["cpu", "cpu"]
+        assert session.state.section().json["calls_distributed"] == 2
+    finally:
+        pool.close()
+    assert launcher.started == []
 
 
 def test_closing_ends_the_processes_and_removes_the_folder():

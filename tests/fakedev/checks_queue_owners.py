@@ -7,25 +7,18 @@ import comfy.model_prefetch
 import fake_vbar
 import pytest
 from fake_models import QUEUE_OWNERS, blocks, load, relative_error, sample, with_lora
-from offload_probe import NOTHING, leftovers, offloaded, report, resident_share
+from offload_probe import NOTHING, in_mode, leftovers, offloaded, report, resident_share
 from slipstream.backends.architectures import find
 from slipstream.backends.cache.apply import apply_cache
 from slipstream.backends.cache.config import CacheConfig
-from slipstream.backends.memory import host as memory
-from slipstream.backends.offload.apply import apply_offload
 from slipstream.backends.offload.budget import buffer_bytes
-from slipstream.backends.offload.config import GIB, OffloadConfig, OffloadError
+from slipstream.backends.offload.config import OffloadConfig, OffloadError
 from slipstream.backends.run import run_log
 
 STEPS = 6  # enough to measure, plan and judge
 SMALL = 1.02  # the queue aligns each weight
 
 each_owner = pytest.mark.parametrize("family", QUEUE_OWNERS)
-
-
-def in_mode(model, mode, share):
-    gib = share * memory.weight_bytes(model) / GIB
-    return apply_offload(model, OffloadConfig(mode=mode, vram_budget_gb=gib))
 
 
 @pytest.fixture

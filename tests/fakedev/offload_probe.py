@@ -5,24 +5,21 @@ from typing import Any
 import fake_vbar
 import torch
 from slipstream.backends.memory import host as memory
-from slipstream.backends.offload.apply import apply_offload, small_bytes
-from slipstream.backends.offload.budget import buffer_bytes
+from slipstream.backends.offload.apply import apply_offload
 from slipstream.backends.offload.config import GIB, OffloadConfig
 from slipstream.backends.run import run_log
-
-
-def budget(model: Any, share: float, prefetch: float) -> float:
-    """vram_budget_gb that leaves `share` of the weights resident beside the block buffers."""
-    config = OffloadConfig(mode="manual", vram_budget_gb=1.0, prefetch=prefetch)
-    resident = max(share * model.model_size(), small_bytes(model))
-    return (resident + buffer_bytes(model, config)) / GIB
+from slipstream.bench.offload_steps import budgeted
 
 
 def offloaded(model: Any, share: float, prefetch: float = 0) -> Any:
-    """`model` under mode manual with `share` of its weights resident."""
-    config = OffloadConfig(
-        mode="manual", vram_budget_gb=budget(model, share, prefetch), prefetch=prefetch
-    )
+    """`model` under mode manual with `share` of its weights resident beside the buffers."""
+    return budgeted(model, share, prefetch)
+
+
+def in_mode(model: Any, mode: str, share: float = 0.0, prefetch: float = 0.0) -> Any:
+    """`model` in another mode, with a budget of `share` of its weights; 0: none."""
+    gib = share * memory.weight_bytes(model) / GIB
+    config = OffloadConfig(mode=mode, vram_budget_gb=gib, prefetch=prefetch)
     return apply_offload(model, config)
 
 

@@ -4,7 +4,8 @@
 
 Needs a ComfyUI, chromium and playwright-core. tests/browser/layouts/<NAME>.json has the places of
 the nodes, the notes and the links to model files. The picture shows the graph with the outputs of
-a real run on the tiny models, so its colours are random and its report is a CPU's.
+a real run on a CPU: on the trained demo model if the layout's "draws" names one of its classes,
+else on tiny random models, whose colours mean nothing.
 """
 
 import json
@@ -26,6 +27,7 @@ import isolated_server  # noqa: E402
 import queue_client  # noqa: E402
 import svdquant_models  # noqa: E402
 import tiny  # noqa: E402
+from slipstream.bench import demo, demo_models, draw  # noqa: E402
 
 WORKFLOWS = comfy_home.PACK_ROOT / "workflows"
 LAYOUTS = browser_home.FOLDER / "layouts"
@@ -34,8 +36,34 @@ PICTURE_SIZE = (1200, 1200)  # at most; the template browser shows squares
 FILE_INPUTS = {"model_name", "unet_name", "clip_name", "clip_name1", "clip_name2", "vae_name"}
 
 
+def on_trained_model(prompt: dict[str, Any], class_name: str) -> dict[str, Any]:
+    """A prompt that `on_tiny_models` made of a Flux one, on the demo model: draws `class_name`."""
+    for node_id, node in prompt.items():
+        kind, inputs = node["class_type"], node["inputs"]
+        if kind == "UNETLoader":
+            inputs["unet_name"] = demo_models.FLUX
+        elif kind == "VAELoader":
+            inputs["vae_name"] = demo_models.VAE
+        elif kind == "SlipstreamTestConditioning":
+            prompt[node_id] = _class_node(class_name)
+        elif kind == "ConditioningZeroOut":
+            prompt[node_id] = _class_node("none")
+        elif kind.startswith("Empty"):
+            inputs.update(width=draw.SIZE, height=draw.SIZE)
+        elif kind == "KSampler":
+            inputs["cfg"] = 3.0
+    return prompt
+
+
+def _class_node(class_name: str) -> dict[str, Any]:
+    return {"class_type": "SlipstreamDemoClass", "inputs": {"class_name": class_name}}
+
+
 def write_models(folder: Path, twins: list[dict[str, Any]]) -> None:
-    """The tiny models, and empty files under every name in `twins`: no node shows as broken."""
+    """Demo and tiny models, and empty files under every name in `twins`: no node looks broken."""
+    root = comfy_home.find()
+    assert root is not None
+    demo_models.write(root, folder)
     for family in ("flux", "wan"):
         tiny.write(folder / "diffusion_models", family)
     svdquant_models.write_tiny(folder / "diffusion_models")
@@ -53,8 +81,10 @@ def write_models(folder: Path, twins: list[dict[str, Any]]) -> None:
 def author(server: isolated_server.Server, name: str, folder: Path) -> None:
     """workflows/<name>.json and .jpg."""
     twin = WORKFLOWS / "api" / f"{name}.json"
-    steps = json.loads((LAYOUTS / f"{name}.json").read_text()).get("steps", STEPS)
-    prompt = on_tiny_models(json.loads(twin.read_text()), seed=42, steps=steps)
+    layout = json.loads((LAYOUTS / f"{name}.json").read_text())
+    prompt = on_tiny_models(json.loads(twin.read_text()), seed=42, steps=layout.get("steps", STEPS))
+    if "draws" in layout:
+        prompt = on_trained_model(prompt, layout["draws"])
     outputs, picture = folder / "outputs.json", folder / "picture.png"
     outputs.write_text(json.dumps(queue_client.run(server, prompt).outputs))
     browser_page.run_script(
@@ -77,7 +107,8 @@ def main(names: list[str]) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_models(folder / "models", twins)
-        with isolated_server.isolated_server(models=folder / "models") as server:
+        packs = {**isolated_server.PACKS, "slipstream_demo": demo.DEMO_PACK}
+        with isolated_server.isolated_server(models=folder / "models", packs=packs) as server:
             for name in names:
                 author(server, name, folder)
                 print(f"workflows/{name}.json, workflows/{name}.jpg")

@@ -58,7 +58,9 @@ def pinned_bytes(patcher: Any) -> int:
 
 
 def reserve_bytes() -> int:
-    """What ComfyUI leaves to other programs (--reserve-vram)."""
+    """What ComfyUI leaves to other programs (--reserve-vram); 0 without ComfyUI."""
+    if "comfy" not in sys.modules:
+        return 0
     import comfy.model_management as management
 
     return int(management.extra_reserved_memory())

@@ -1,8 +1,10 @@
 """The memory section from tables of snapshots: what is said, and to whom."""
 
 import json
+import sys
 
 import pytest
+from slipstream.backends.memory import host
 from slipstream.backends.memory.section import (
     GIB,
     LoadedModel,
@@ -122,6 +124,14 @@ def test_a_device_without_counters(device, line):
     assert made.json["peak_bytes"] is None
     assert made.json["could_stay_resident"] == []
     assert made.lines[0] == line
+
+
+def test_without_comfyui_nothing_is_loaded_or_reserved(monkeypatch):
+    monkeypatch.delitem(sys.modules, "comfy", raising=False)
+    monkeypatch.delitem(sys.modules, "comfy.cli_args", raising=False)
+    assert host.loaded_models(None) == []
+    assert host.reserve_bytes() == 0
+    assert host.start_flags() == frozenset()
 
 
 def test_precision_of_sizes():

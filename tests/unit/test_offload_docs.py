@@ -1,5 +1,6 @@
 """docs/offload.md says what its commands print, and names what exists."""
 
+import json
 import re
 
 import comfy_home
@@ -29,6 +30,16 @@ def test_assumed_rates_are_named():
     for name, card in CARDS.items():
         compute, copy = card.compute_rate / 1e12, card.copy_rate / 1e9
         assert re.search(rf"{name}\s+{compute:g}(?: TFLOP/s)? / {copy:g}", TEXT), name
+
+
+def test_overhead_is_what_was_measured():
+    call, block = re.search(
+        r"About (\d+) microseconds of Python per model call, and (\d+) per\s+block", TEXT
+    ).groups()
+    page = comfy_home.PACK_ROOT / "docs" / "benchmarks" / "offload-overhead.json"
+    costs = json.loads(page.read_text(encoding="utf-8"))["costs"]
+    assert round(max(costs[mode]["median_us"] for mode in ("auto", "speed"))) == int(call)
+    assert round(costs["timed_block"]["median_us"]) == int(block)
 
 
 def test_every_mode_has_a_row():

@@ -4,6 +4,12 @@ import torch
 from svdquant_files import Writer
 
 HIDDEN = 128
+OWN = {  # the dialect that Nunchaku has a family in
+    "flux": "nunchaku-1",
+    "qwen-image": "nunchaku-2",
+    "z-image": "nunchaku-2",
+    "sdxl": "nunchaku-1",
+}
 
 
 def write(path, family, dialect, *, precision="int4", rank=32, seed=0, hidden=None, **sizes):

@@ -77,3 +77,23 @@ def quantised_model(family, path, backend="auto", dtype="fp32"):
 def sample(model, family):
     """One sampler step without guidance: one model call."""
     return tiny.sample(model, UNITS[family], steps=1, cfg=1.0).float()
+
+
+def loaded_flux_output(patcher):
+    """Of one call, fp32, after a full load."""
+    import comfy.model_management
+
+    comfy.model_management.load_models_gpu([patcher], force_full_load=True)
+    return flux_output(patcher)
+
+
+def flux_output(patcher):
+    """The same with the weights where they are."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(1, 16, 8, 8, generator=generator)
+    context = torch.randn(1, 7, 768, generator=generator)
+    y = torch.randn(1, 768, generator=generator)
+    with torch.no_grad():
+        return patcher.model.diffusion_model(
+            x, torch.tensor([0.7]), context=context, y=y, guidance=torch.tensor([3.5])
+        ).float()

@@ -95,6 +95,11 @@ class LayerReader:
                 f"but {'/'.join(dtypes)}{list(shape)} fits the rest: the file is damaged"
             )
 
+    def check_bias(self, num_rows: int) -> None:
+        """A layer need not have one."""
+        if "bias" in self.parts:
+            self.check("bias", (num_rows,))
+
     def matrix(self, part: str, dtypes: tuple[str, ...]) -> tuple[int, int]:
         entry = self.entry(part)
         if len(entry.shape) != 2 or entry.dtype not in dtypes:
@@ -138,8 +143,7 @@ class LayerReader:
         self.tiled(num_rows, num_columns)
         precision = self.scale_precision(num_rows, num_columns)
         self.check("smooth", (num_columns,))
-        if "bias" in self.parts:
-            self.check("bias", (num_rows,))
+        self.check_bias(num_rows)
         if "rows" in self.parts:
             self.check("rows", (num_rows,), (*FLOATS, "F8_E4M3"))
         if "tensor" in self.parts and self.entry("tensor").shape not in ((), (1,)):
@@ -164,16 +168,7 @@ class LayerReader:
             raise self.fail(f"has {groups} groups of scales, but K={num_columns} needs more")
         self.check("scale", (groups, num_rows))
         self.check("zeros", (groups, num_rows))
-        if "bias" in self.parts:
-            self.check("bias", (num_rows,))
-        return FileLayer(
-            name=self.name,
-            precision="awq",
-            num_rows=num_rows,
-            num_columns=num_columns,
-            rank=0,
-            parts=self.parts,
-        )
+        return self._awq(num_rows, num_columns)
 
     def kitchen(self, options: dict[str, Any]) -> FileLayer:
         kind = options.get("format", "svdquant_w4a4" if "smooth" in self.parts else "")
@@ -183,8 +178,7 @@ class LayerReader:
             return self._kitchen_awq()
         num_rows, num_columns = self._kitchen_shape()
         self.check("smooth", (num_columns,))
-        if "bias" in self.parts:
-            self.check("bias", (num_rows,))
+        self.check_bias(num_rows)
         basis = options.get("lowrank_branch_input_basis", "raw")
         return FileLayer(
             name=self.name,
@@ -222,13 +216,15 @@ class LayerReader:
         num_rows, num_bytes = self.matrix("q", ("I8", "U8"))
         self.check("scale", (num_bytes // 32, num_rows))
         self.check("zeros", (num_bytes // 32, num_rows))
-        if "bias" in self.parts:
-            self.check("bias", (num_rows,))
+        return self._awq(num_rows, num_bytes * 2)
+
+    def _awq(self, num_rows: int, num_columns: int) -> FileLayer:
+        self.check_bias(num_rows)
         return FileLayer(
             name=self.name,
             precision="awq",
             num_rows=num_rows,
-            num_columns=num_bytes * 2,
+            num_columns=num_columns,
             rank=0,
             parts=self.parts,
         )

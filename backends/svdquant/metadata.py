@@ -4,7 +4,6 @@ import json
 from typing import Any
 
 from .config import ConvertConfig
-from .families.data import Shapes, num_blocks
 from .header import Header
 from .layouts import GROUP
 from .plan import Plan
@@ -27,42 +26,14 @@ def metadata(plan: Plan, header: Header, config: ConvertConfig) -> dict[str, str
         "weight": {**numbers, "scale_dtype": [None, "fp8_e4m3_nan"] if fp4 else None},
         "activation": {**numbers, "scale_dtype": "fp8_e4m3_nan" if fp4 else None},
         "rank": config.rank,
+        **plan.family.quantization,
     }
-    if plan.family.id == "z-image":
-        quantization["skip_refiners"] = False
     texts = {
         "model_class": plan.family.model_class,
         "config": json.dumps(plan.family.diffusers_config(shapes)),
         "quantization_config": json.dumps(quantization),
         "format": "pt",
     }
-    if plan.family.id == "flux":
-        texts["comfy_config"] = json.dumps(_comfy_config(shapes))
+    if plan.family.comfy_config is not None:
+        texts["comfy_config"] = json.dumps(plan.family.comfy_config(shapes))
     return texts
-
-
-def _comfy_config(shapes: Shapes) -> dict[str, Any]:
-    """ComfyUI's Flux settings, which ComfyUI-nunchaku reads instead of detecting the model."""
-    hidden, in_channels = shapes["img_in.weight"]
-    head = shapes["double_blocks.0.img_attn.norm.query_norm.weight"][0]
-
-    model = {
-        "image_model": "flux",
-        "in_channels": in_channels // 4,
-        "out_channels": shapes["final_layer.linear.weight"][0] // 4,
-        "patch_size": 2,
-        "vec_in_dim": shapes["vector_in.in_layer.weight"][1],
-        "context_in_dim": shapes["txt_in.weight"][1],
-        "hidden_size": hidden,
-        "mlp_ratio": shapes["double_blocks.0.img_mlp.0.weight"][0] / hidden,
-        "num_heads": hidden // head,
-        "depth": num_blocks(shapes, "double_blocks"),
-        "depth_single_blocks": num_blocks(shapes, "single_blocks"),
-        "axes_dim": [16, 56, 56],
-        "theta": 10000,
-        "qkv_bias": True,
-        "guidance_embed": "guidance_in.in_layer.weight" in shapes,
-        "disable_unet_model_creation": True,
-    }
-    name = "Flux" if model["guidance_embed"] else "FluxSchnell"
-    return {"model_class": name, "model_config": model}

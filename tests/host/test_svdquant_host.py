@@ -16,7 +16,16 @@ from slipstream.backends.svdquant.header import read_header
 from slipstream.backends.svdquant.host import load_svdquant
 from slipstream.backends.svdquant.host_patcher import quantised_layers
 from slipstream.backends.svdquant.layout import FrozenWeightError, unwrap, wrap
-from svdquant_networks import CPU, SIZES, dense_model, quantised_model, rel, sample
+from svdquant_networks import (
+    CPU,
+    SIZES,
+    dense_model,
+    flux_output,
+    loaded_flux_output,
+    quantised_model,
+    rel,
+    sample,
+)
 
 pytestmark = pytest.mark.usefixtures("comfy")
 # seen at most: 0.016, 0.006, 0.09, 0.019
@@ -68,9 +77,9 @@ def test_samples_match_the_dense_model(family, dialect, precision, files):
     assert rel(sample(exact, family), wanted) > 1e-4
 
 
-@pytest.mark.parametrize("family", ["flux", "qwen-image", "z-image", "sdxl"])
+@pytest.mark.parametrize("family", svdquant_models.OWN)
 def test_kitchen_in_16_bits_and_the_report(family, files):
-    path, dense = files(family, svdquant_models_dialect(family))
+    path, dense = files(family, svdquant_models.OWN[family])
     wanted = sample(dense_model(family, dense), family)
     model = quantised_model(family, path, "auto", "bf16")
     assert rel(sample(model, family), wanted) < FOUR_BIT[family]
@@ -89,10 +98,6 @@ def test_kitchen_in_16_bits_and_the_report(family, files):
     }
 
 
-def svdquant_models_dialect(family):
-    return "nunchaku-1" if family in ("flux", "sdxl") else "nunchaku-2"
-
-
 def test_nvfp4_on_a_cpu_says_why_it_is_not_kitchen(files):
     model = load_svdquant(str(files("flux", "nunchaku-1", "nvfp4")[0]))
     sample(model, "flux")
@@ -101,34 +106,16 @@ def test_nvfp4_on_a_cpu_says_why_it_is_not_kitchen(files):
     assert "SM100" in section["reasons"]["kitchen"]
 
 
-def forward(patcher):
-    generator = torch.Generator().manual_seed(3)
-    x = torch.randn(1, 16, 8, 8, generator=generator)
-    context = torch.randn(1, 7, 768, generator=generator)
-    y = torch.randn(1, 768, generator=generator)
-    with torch.no_grad():
-        return patcher.model.diffusion_model(
-            x, torch.tensor([0.7]), context=context, y=y, guidance=torch.tensor([3.5])
-        )
-
-
-def full(patcher):
-    import comfy.model_management
-
-    comfy.model_management.load_models_gpu([patcher], force_full_load=True)
-    return forward(patcher)
-
-
 def test_low_vram_and_full_load_agree_bit_for_bit(files):
     model = load_svdquant(str(files("flux", "nunchaku-1")[0]))
-    wanted = full(model)
+    wanted = loaded_flux_output(model)
     low = model.clone()
     low.load(CPU, lowvram_model_memory=0)
     assert low.model.model_lowvram
-    assert torch.equal(forward(low), wanted)
+    assert torch.equal(flux_output(low), wanted)
     low.load(CPU, full_load=True)
     low.partially_unload(CPU, memory_to_free=1 << 40)
-    assert torch.equal(forward(low), wanted)
+    assert torch.equal(flux_output(low), wanted)
 
 
 def test_dynamic_streaming_rebuilds_the_same_layer(files):
@@ -169,7 +156,7 @@ def test_dynamic_streaming_rebuilds_the_same_layer(files):
     assert rel(patched, wanted + x.sum(1, keepdim=True)) < 0.02  # the patch came through
 
 
-def test_sizes_are_counted_in_full(files):
+def test_sizes_are_counted_in_loaded_flux_output(files):
     import comfy.model_management
 
     model = load_svdquant(str(files("flux", "nunchaku-1")[0]))
@@ -192,7 +179,7 @@ def test_weights_cannot_be_changed_in_place(files):
         model.state_dict_for_saving()
     module.weight_function = [lambda weight: weight]
     with pytest.raises(ValueError, match="weight wrapper"):
-        forward(model)
+        flux_output(model)
     module.weight_function = []
 
 
@@ -204,10 +191,10 @@ def test_clones_keep_the_class_and_reload_alike(files):
     function, arguments = model.cached_patcher_init
     again = function(*json.loads(json.dumps(arguments)), disable_dynamic=True)
     assert type(again) is type(model)
-    assert torch.equal(full(again), full(model))
+    assert torch.equal(loaded_flux_output(again), loaded_flux_output(model))
     deep = model.clone(force_deepcopy=True)
     assert deep.model is not model.model
-    assert torch.equal(full(deep), full(model))
+    assert torch.equal(loaded_flux_output(deep), loaded_flux_output(model))
 
 
 WORKER = """
@@ -224,7 +211,7 @@ x, c, y = (torch.randn(s, generator=g) for s in ((1, 16, 8, 8), (1, 7, 768), (1,
 with torch.no_grad():
     out = model.model.diffusion_model(
         x, torch.tensor([0.7]), context=c, y=y, guidance=torch.tensor([3.5]))
-torch.save(out, sys.argv[3])
+torch.save(out.float(), sys.argv[3])
 """
 
 
@@ -235,7 +222,7 @@ def test_another_process_loads_it_by_its_arguments(files, tmp_path):
     out = tmp_path / "out.pt"
     command = [sys.executable, "-P", "-c", WORKER, tests, arguments, str(out)]
     subprocess.run(command, check=True, timeout=120)
-    assert torch.equal(torch.load(out, weights_only=True), full(model))
+    assert torch.equal(torch.load(out, weights_only=True), loaded_flux_output(model))
 
 
 def test_widgets_that_contradict_the_file(files):

@@ -9,10 +9,10 @@ from slipstream.backends import run as runs
 from slipstream.backends.conflicts import ConflictError
 from slipstream.backends.svdquant.host import load_svdquant
 from svdquant_loras import LAYERS, WHOLE, H, lora_file, with_lora
+from svdquant_networks import CPU, flux_output, loaded_flux_output, rel
 
 pytestmark = pytest.mark.usefixtures("comfy")
 FLUX = {"depth": 1, "single": 1, "context": 768, "vec": 768}
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -35,28 +35,6 @@ def exact(flux):
     return load_svdquant(str(flux[0]), {"backend": "dequant", "dtype": "fp32"})
 
 
-def forward(patcher):
-    import comfy.model_management
-
-    comfy.model_management.load_models_gpu([patcher], force_full_load=True)
-    return network(patcher)
-
-
-def network(patcher):
-    generator = torch.Generator().manual_seed(3)
-    x = torch.randn(1, 16, 8, 8, generator=generator)
-    context = torch.randn(1, 7, 768, generator=generator)
-    y = torch.randn(1, 768, generator=generator)
-    with torch.no_grad():
-        return patcher.model.diffusion_model(
-            x, torch.tensor([0.7]), context=context, y=y, guidance=torch.tensor([3.5])
-        ).float()
-
-
-def rel(a, b):
-    return float((a.double() - b.double()).norm() / b.double().norm())
-
-
 def cosine(a, b):
     return float(torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0))
 
@@ -68,12 +46,12 @@ KINDS = ("lora", "dora", "dora-columns", "loha", "loha-wide", "lokr", "diff")
 def test_every_kind_equals_the_merge_into_the_dense_model(kind, dense, exact):
     layers = LAYERS if kind in ("lora", "diff") else WHOLE  # DoRA and LyCORIS of whole layers
     file = lora_file(kind, layers)
-    base_dense, base = forward(dense), forward(exact)
-    delta = forward(with_lora(dense, file, 0.8)) - base_dense
-    got = forward(with_lora(exact, file, 0.8)) - base
+    base_dense, base = loaded_flux_output(dense), loaded_flux_output(exact)
+    delta = loaded_flux_output(with_lora(dense, file, 0.8)) - base_dense
+    got = loaded_flux_output(with_lora(exact, file, 0.8)) - base
     assert delta.norm() > 0.01 * base_dense.norm()
     assert rel(got, delta) < 2e-4
-    assert torch.equal(forward(exact), base)  # taken off again, bit for bit
+    assert torch.equal(loaded_flux_output(exact), base)  # taken off again, bit for bit
 
 
 def test_several_loras_and_strengths_add_up(dense, exact):
@@ -84,14 +62,14 @@ def test_several_loras_and_strengths_add_up(dense, exact):
     def patched(model):
         for file, strength in chain:
             model = with_lora(model, file, strength)
-        return forward(model)
+        return loaded_flux_output(model)
 
-    delta = patched(dense) - forward(dense)
-    base = forward(exact)
+    delta = patched(dense) - loaded_flux_output(dense)
+    base = loaded_flux_output(exact)
     assert rel(patched(exact) - base, delta) < 3e-4
-    once = forward(with_lora(with_lora(exact, a, 0.5), a, 0.5))
-    assert rel(once, forward(with_lora(exact, a, 1.0))) < 1e-5
-    assert torch.equal(forward(with_lora(exact, a, 0.0)), base)
+    once = loaded_flux_output(with_lora(with_lora(exact, a, 0.5), a, 0.5))
+    assert rel(once, loaded_flux_output(with_lora(exact, a, 1.0))) < 1e-5
+    assert torch.equal(loaded_flux_output(with_lora(exact, a, 0.0)), base)
 
 
 @pytest.mark.parametrize("backend", ["kitchen", "dequant"])
@@ -99,13 +77,13 @@ def test_delta_in_16_bits_points_the_same_way(backend, flux, dense):
     """Per layer for any backend; through the whole network where inputs stay 16-bit."""
     file = lora_file("lora")
     model = load_svdquant(str(flux[0]), {"backend": backend})
-    delta = forward(with_lora(dense, file)) - forward(dense)
-    base = forward(model)
-    got = forward(with_lora(model, file)) - base
+    delta = loaded_flux_output(with_lora(dense, file)) - loaded_flux_output(dense)
+    base = loaded_flux_output(model)
+    got = loaded_flux_output(with_lora(model, file)) - base
     if backend == "dequant":
         assert cosine(got, delta) > 0.98
     patched = with_lora(model, file)
-    forward(patched)
+    loaded_flux_output(patched)
     name = "single_blocks.0.linear2"
     layer = patched.model.diffusion_model.get_submodule(name)
     down = file["transformer.single_transformer_blocks.0.proj_out.lora_A.weight"]
@@ -117,26 +95,26 @@ def test_delta_in_16_bits_points_the_same_way(backend, flux, dense):
     without = layer(x)
     layer.lora_patches = saved
     assert cosine(with_it - without, (x @ down.t()) @ up.t() * 1.5) > 0.98
-    forward(model)
-    assert torch.equal(forward(model), base)
+    loaded_flux_output(model)
+    assert torch.equal(loaded_flux_output(model), base)
 
 
 def test_low_vram_paths_apply_it_once(flux):
     model = load_svdquant(str(flux[0]), {"backend": "dequant", "dtype": "fp32"})
     patched = with_lora(model, lora_file("lora"))
-    wanted = forward(patched)
+    wanted = loaded_flux_output(patched)
     low = patched.clone()
     low.unpatch_model(CPU)
     low.load(CPU, lowvram_model_memory=0)
     assert low.model.model_lowvram
-    assert torch.equal(network(low), wanted)
+    assert torch.equal(flux_output(low), wanted)
     low.unpatch_model(CPU)
     low.load(CPU, full_load=True)
     low.partially_unload(CPU, memory_to_free=1 << 40)  # layers keep full-load patches as well
-    assert torch.equal(network(low), wanted)
+    assert torch.equal(flux_output(low), wanted)
     low.unpatch_model(CPU)
-    assert torch.equal(forward(model), forward(model.clone()))
-    assert rel(forward(model), wanted) > 0.01
+    assert torch.equal(loaded_flux_output(model), loaded_flux_output(model.clone()))
+    assert rel(loaded_flux_output(model), wanted) > 0.01
 
 
 def test_a_stock_patcher_would_lose_it(flux, dense):
@@ -144,12 +122,12 @@ def test_a_stock_patcher_would_lose_it(flux, dense):
     import comfy.model_patcher
 
     model = load_svdquant(str(flux[0]), {"backend": "dequant", "dtype": "fp32"})
-    base = forward(model)
+    base = loaded_flux_output(model)
     model.__class__ = comfy.model_patcher.ModelPatcher
     file = {k: v for k, v in lora_file("lora").items() if "x_embedder" not in k}
     lost = with_lora(model, file)
     try:
-        out = forward(lost)
+        out = loaded_flux_output(lost)
     except ValueError:
         return  # refused aloud is as good a control
     assert torch.equal(out, base)
@@ -169,16 +147,16 @@ def test_hook_loras_come_and_go(dense, exact):
         group = comfy.hooks.HookGroup()
         group.add(hook)
         clone.add_hook_patches(hook, hook.weights, hook.strength)
-        forward(clone)
+        loaded_flux_output(clone)
         clone.patch_hooks(group)
-        on = network(clone)
+        on = flux_output(clone)
         clone.patch_hooks(None)
-        return on, network(clone)
+        return on, flux_output(clone)
 
     on_dense, off_dense = hooked(dense)
     on, off = hooked(exact)
     assert rel(on - off, on_dense - off_dense) < 2e-3
-    assert torch.equal(off, forward(exact))
+    assert torch.equal(off, loaded_flux_output(exact))
 
 
 def test_bypass_lora_works_beside_it(dense, exact):
@@ -191,9 +169,9 @@ def test_bypass_lora_works_beside_it(dense, exact):
     def bypass(model):
         return comfy.sd.load_bypass_lora_for_models(model, None, dict(file), 0.8, 0)[0]
 
-    delta = forward(bypass(dense)) - forward(dense)
-    base = forward(exact)
-    assert rel(forward(bypass(exact)) - base, delta) < 1e-3
+    delta = loaded_flux_output(bypass(dense)) - loaded_flux_output(dense)
+    base = loaded_flux_output(exact)
+    assert rel(loaded_flux_output(bypass(exact)) - base, delta) < 1e-3
 
 
 def sample(model):
@@ -233,7 +211,7 @@ def test_a_model_merge_is_refused_before_sampling(flux, exact, dense):
     name = "diffusion_model.double_blocks.0.img_mlp.0.weight"
     target.add_patches({name: quantised[name]}, 0.5, 0.5)
     with pytest.raises(ValueError, match="stay 4-bit"):
-        forward(target)
+        loaded_flux_output(target)
 
 
 def test_terms_are_compiled_once_per_run(exact, monkeypatch):

@@ -86,7 +86,8 @@ class Family:
     (all of one tuple); native: the same in ComfyUI's own names; aliases: (block, older name,
     name); rest: (file prefix, network prefix) outside the blocks; swapped: network layers whose
     halves (scale, shift) are exchanged; diffusers_config: the `config` metadata from the network's
-    tensor shapes; fp4_rows: nvfp4's factor is written per row (wcscales) instead of once (wtscale).
+    tensor shapes; fp4_rows: nvfp4's factor is written per row (wcscales) instead of once (wtscale);
+    comfy_config: the metadata of that name; quantization: more of the quantization_config.
     """
 
     id: str
@@ -101,6 +102,8 @@ class Family:
     aliases: tuple[tuple[str, str, str], ...] = ()
     swapped: frozenset[str] = field(default_factory=frozenset)
     fp4_rows: bool = False
+    comfy_config: Callable[[Shapes], dict[str, Any]] | None = None
+    quantization: dict[str, Any] = field(default_factory=dict)
 
     def canonical(self, name: str) -> str:
         """The layer or tensor name with older names inside blocks replaced."""

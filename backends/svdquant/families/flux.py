@@ -120,6 +120,32 @@ def diffusers_config(shapes: Shapes) -> dict[str, Any]:
     }
 
 
+def comfy_config(shapes: Shapes) -> dict[str, Any]:
+    """ComfyUI's Flux settings, which ComfyUI-nunchaku reads instead of detecting the model."""
+    known = diffusers_config(shapes)
+    hidden = shapes["img_in.weight"][0]
+    model = {
+        "image_model": "flux",
+        "in_channels": known["in_channels"] // 4,
+        "out_channels": known["out_channels"] // 4,
+        "patch_size": 2,
+        "vec_in_dim": known["pooled_projection_dim"],
+        "context_in_dim": known["joint_attention_dim"],
+        "hidden_size": hidden,
+        "mlp_ratio": shapes["double_blocks.0.img_mlp.0.weight"][0] / hidden,
+        "num_heads": known["num_attention_heads"],
+        "depth": known["num_layers"],
+        "depth_single_blocks": known["num_single_layers"],
+        "axes_dim": known["axes_dims_rope"],
+        "theta": 10000,
+        "qkv_bias": True,
+        "guidance_embed": known["guidance_embeds"],
+        "disable_unet_model_creation": True,
+    }
+    name = "Flux" if model["guidance_embed"] else "FluxSchnell"
+    return {"model_class": name, "model_config": model}
+
+
 FLUX = Family(
     id="flux",
     title="FLUX.1",
@@ -144,4 +170,5 @@ FLUX = Family(
         *(("single_transformer_blocks", old, new) for old, new in _OLD_SINGLE),
     ),
     diffusers_config=diffusers_config,
+    comfy_config=comfy_config,
 )

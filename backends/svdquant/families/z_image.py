@@ -79,4 +79,5 @@ Z_IMAGE = Family(
         ("cap_pad_token", "cap_pad_token"),
     ),
     diffusers_config=diffusers_config,
+    quantization={"skip_refiners": False},
 )

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from ..layouts import UNSIGNED_SHIFT
 from ..weight import Segment
 
 
@@ -72,14 +73,19 @@ class Kernel(Protocol):
     ) -> torch.Tensor: ...
 
 
-def low_rank_output(
-    x: torch.Tensor, segment: Segment, extra: LowRank | None
-) -> torch.Tensor | None:
-    """[M, N]: the segment's own branch and the LoRA's, computed in x's dtype; None if none."""
-    y = None
+def smoothed(x: torch.Tensor, segment: Segment) -> torch.Tensor:
+    """[M, K]: what the 4-bit part of a segment multiplies, before it is rounded."""
+    inputs = x + UNSIGNED_SHIFT if segment.facts.unsigned else x
+    return inputs if segment.smooth is None else inputs / segment.smooth
+
+
+def add_low_rank(
+    y: torch.Tensor, x: torch.Tensor, segment: Segment, extra: LowRank | None
+) -> torch.Tensor:
+    """y [M, N], changed in place: plus the segment's own branch and the LoRA's, in x's dtype."""
     if segment.down is not None and segment.up is not None:
-        y = (x @ segment.down) @ segment.up.t()
-    if extra is not None:
-        side = (x @ extra.down) @ extra.up.t()
-        y = side if y is None else y.add_(side)
-    return y
+        side = (x @ segment.down) @ segment.up.t()
+        if extra is not None:
+            side.add_((x @ extra.down) @ extra.up.t())
+        return y.add_(side)
+    return y if extra is None else y.add_((x @ extra.down) @ extra.up.t())

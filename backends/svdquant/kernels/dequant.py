@@ -6,9 +6,8 @@ Takes one segment's weight in 16 bits while a layer runs.
 
 import torch
 
-from ..layouts import UNSIGNED_SHIFT
 from ..weight import Segment, fp4_units, residual
-from .base import LayerRequest, LowRank, ShareKey, low_rank_output
+from .base import LayerRequest, LowRank, ShareKey, add_low_rank, smoothed
 
 
 class Dequant:
@@ -29,9 +28,7 @@ class Dequant:
         extra: LowRank | None = None,
         share: ShareKey | None = None,
     ) -> torch.Tensor:
-        inputs = x + UNSIGNED_SHIFT if segment.facts.unsigned else x
-        if segment.smooth is not None:
-            inputs = inputs / segment.smooth
+        inputs = smoothed(x, segment)
         if segment.rows is None:
             y = torch.nn.functional.linear(inputs, residual(segment, x.dtype), bias)
         else:
@@ -39,5 +36,4 @@ class Dequant:
             y = torch.nn.functional.linear(inputs, fp4_units(segment, x.dtype))
             y = (y * segment.rows).to(x.dtype)
             y = y if bias is None else y.add_(bias)
-        side = low_rank_output(x, segment, extra)
-        return y if side is None else y.add_(side)
+        return add_low_rank(y, x, segment, extra)

@@ -12,7 +12,7 @@ import torch
 from ..layouts import UNSIGNED_SHIFT
 from ..quantize import FP4_MAX, FP8_MAX
 from ..weight import Segment
-from .base import LayerRequest, LowRank, ShareKey, low_rank_output
+from .base import LayerRequest, LowRank, ShareKey, add_low_rank, smoothed
 
 _MAX_EXTRA_RANK = 256  # beyond it the LoRA is a matmul of its own
 _OPS = ("quantize_svdquant_w4a4", "scaled_mm_svdquant_w4a4", "gemv_awq_w4a16")
@@ -142,18 +142,15 @@ def _nvfp4(
 ) -> torch.Tensor:
     import comfy_kitchen
 
-    assert segment.smooth is not None
     assert segment.rows is not None
-    inputs = x / segment.smooth
+    inputs = smoothed(x, segment)
     factor = (inputs.abs().amax().float() / (FP8_MAX * FP4_MAX)).clamp(min=1e-12)
     codes, scales = comfy_kitchen.quantize_nvfp4(inputs, factor, pad_16x=x.shape[0] % 16 != 0)
     one = torch.ones((), dtype=torch.float32, device=x.device)
     y = comfy_kitchen.scaled_mm_nvfp4(
         codes, segment.q, factor, one, scales, segment.scale, out_dtype=x.dtype
     )[: x.shape[0]]
-    y = (y * segment.rows).to(x.dtype)
-    side = low_rank_output(x, segment, extra)
-    y = y if side is None else y.add_(side)
+    y = add_low_rank((y * segment.rows).to(x.dtype), x, segment, extra)
     return y if bias is None else y.add_(bias)
 
 
@@ -167,5 +164,4 @@ def _awq(
     import comfy_kitchen
 
     y = comfy_kitchen.gemv_awq_w4a16(x, segment.q, segment.scale, segment.zeros, bias=bias)
-    side = low_rank_output(x, segment, extra)
-    return y if side is None else y.add_(side)
+    return add_low_rank(y, x, segment, extra)

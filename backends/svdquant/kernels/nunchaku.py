@@ -11,7 +11,7 @@ import torch
 
 from .. import layouts
 from ..weight import Segment
-from .base import LayerRequest, LowRank, ShareKey, low_rank_output
+from .base import LayerRequest, LowRank, ShareKey, add_low_rank
 
 _PAD = 256
 _MAX_AWQ_ROWS = 8
@@ -140,6 +140,5 @@ def _awq(
             for part in x.split(_MAX_AWQ_ROWS)
         ]
     )
-    side = low_rank_output(x, segment, extra)
-    y = y if side is None else y.add_(side)
+    y = add_low_rank(y, x, segment, extra)
     return y if bias is None else y.add_(bias)

@@ -6,10 +6,10 @@ dtype), nvfp4 inputs as Nunchaku does (fp8 group scales, no factor per tensor).
 
 import torch
 
-from ..layouts import GROUP, UNSIGNED_SHIFT
+from ..layouts import GROUP
 from ..quantize import quantise_inputs
 from ..weight import Segment, residual
-from .base import LayerRequest, LowRank, ShareKey
+from .base import LayerRequest, LowRank, ShareKey, smoothed
 
 
 class Reference:
@@ -46,7 +46,7 @@ def rounded_inputs(x: torch.Tensor, segment: Segment) -> torch.Tensor:
     facts = segment.facts
     if segment.smooth is None:
         return x.float()
-    inputs = (x + UNSIGNED_SHIFT if facts.unsigned else x) / segment.smooth
+    inputs = smoothed(x, segment)
     if facts.precision == "nvfp4":
         return quantise_inputs(inputs, "nvfp4")
     groups = inputs.view(x.shape[0], -1, GROUP["int4"])

@@ -46,8 +46,14 @@ class Decisions:
         self._stored |= self._computing
         self._computing.clear()
 
+    def forget(self, call: ModelCall) -> bool:
+        """Workers were lost: nothing is stored everywhere. True if `call` was to reuse some."""
+        self._computing.clear()
+        self._stored.clear()
+        return any(reuse for index, reuse in self._early if index == call.index)
+
     def alone(self) -> None:
-        """A call runs on rank 0 only, or workers were lost: nothing is stored everywhere."""
+        """A call runs on rank 0 only, or has failed: nothing is stored everywhere."""
         self._early.clear()
         self._computing.clear()
         self._stored.clear()

@@ -108,17 +108,21 @@ class Pool:
                     break
             self._load(wanted, model, meanwhile)
 
-    def is_ready(self, devices: Sequence[str], model: Model) -> bool:
-        """Whether `prepare` has nothing to do, without asking anybody.
-
-        A worker that may be about to end for idleness has to be asked.
-        """
+    def is_ready(
+        self,
+        devices: Sequence[str],
+        setting: Setting,
+        model: Model,
+        *,
+        meanwhile: Meanwhile = None,
+    ) -> bool:
+        """Whether `prepare` has nothing to do; asks who may be about to end for idleness."""
         wanted = self.workers[: len(devices) - 1]
         return len(wanted) == len(devices) - 1 and all(
             worker.device == device
             and worker.is_alive
-            and not worker.may_have_left
             and worker.models.get(model.load.key) == model.version
+            and not (worker.may_have_left and not is_there(worker, setting.timeout_s, meanwhile))
             for worker, device in zip(wanted, devices[1:], strict=True)
         )
 

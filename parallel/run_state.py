@@ -16,7 +16,7 @@ import torch
 from ..backends.architectures.tokens import TokenPlan
 from ..backends.attention.override import Override
 from ..backends.report import Section
-from ..backends.run import CALL, Run
+from ..backends.run import CALL, ModelCall, Run
 from . import block_cache
 from .attention import SharedAttention
 from .bind import Bound, bind
@@ -38,6 +38,7 @@ from .wire import Meta, Unsupported, decode, encode
 
 OVERRIDE = "optimized_attention_override"
 _DROPPED = ("wrappers", "callbacks", OVERRIDE, "patches", "patches_replace")
+_TOO_LATE = "new workers lack the results that a block cache reuses in this call"
 _JUDGED_CALL = 2  # the first shared call of a run warms up
 
 
@@ -115,6 +116,8 @@ class ParallelRun:
             return self.alone(f"{error}, which cannot travel", partial(call.run, executor))
         try:
             with self._barrier():
+                if not self._have_workers(call.options[CALL]):
+                    return self.alone(_TOO_LATE, partial(call.run, executor))
                 links, message = self._message(layout, call, method, encoded, tensors)
                 if call.options.get(BRANCH):
                     out = self._remote(links, message, tensors)
@@ -147,6 +150,22 @@ class ParallelRun:
         plan = self.shared.plan
         return plan.refuse(call.arguments, call.options) if plan.refuse is not None else None
 
+    def _have_workers(self, call: ModelCall) -> bool:
+        """Whether workers can join this call, which a block cache may have decided about already.
+
+        Starts new ones where some are gone.
+        """
+        shared = self.shared
+        assert shared is not None
+        if self.baton is not None and self.baton.is_cancelled:
+            raise Cancelled  # nothing may be repaired before the fault has been dealt with
+        setting, meanwhile = shared.setting, shared.meanwhile
+        if shared.pool.is_ready(shared.devices, setting, shared.model, meanwhile=meanwhile):
+            return True
+        is_too_late = self.decisions.forget(call)
+        shared.pool.prepare(shared.devices, setting, shared.model, meanwhile=meanwhile)
+        return not is_too_late
+
     def _message(
         self,
         layout: Layout,
@@ -155,16 +174,10 @@ class ParallelRun:
         encoded: Any,
         tensors: list[torch.Tensor],
     ) -> tuple[Links, Forward]:
-        """The groups and the Forward for a call, for which workers are ready afterwards."""
+        """The groups and the Forward for a call."""
         shared = self.shared
         assert shared is not None
-        if self.baton is not None and self.baton.is_cancelled:
-            raise Cancelled  # nothing may be repaired before the fault has been dealt with
-        pool = shared.pool
-        if not pool.is_ready(shared.devices, shared.model):
-            self.decisions.alone()
-            pool.prepare(shared.devices, shared.setting, shared.model, meanwhile=shared.meanwhile)
-        links = pool.links(layout, shared.setting, shared.device)
+        links = shared.pool.links(layout, shared.setting, shared.device)
         now = call.options[CALL]
         facts = CallFacts.of(
             self.run, now,

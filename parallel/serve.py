@@ -47,6 +47,7 @@ from .shards import PlanError
 from .wire import Meta, decode, encode
 
 OVERRIDE = "optimized_attention_override"
+_START_S = 120
 
 
 class Model(Protocol):
@@ -72,7 +73,10 @@ class Models(Protocol):
 
 
 class Server:
-    """Answers rank 0 until it goes away, says Exit, or is silent for idle_s (0: for ever)."""
+    """Answers rank 0 until it goes away, says Exit, or is silent for idle_s (0: for ever).
+
+    Before the first model is here, other workers may still be starting, which is no idleness.
+    """
 
     def __init__(self, channel: Channel, models: Models, device: torch.device, idle_s: float):
         self.channel, self.models, self.device, self.idle_s = channel, models, device, idle_s
@@ -82,12 +86,13 @@ class Server:
         self._bound: dict[tuple[int, int], Bound] = {}
         self._run: WorkerRun | None = None
         self._decisions: list[bool] = []
+        self._has_worked = False
 
     def serve(self) -> None:
         """The message loop."""
         while True:
             try:
-                message, tensors = self.channel.recv(self.idle_s or None)
+                message, tensors = self.channel.recv(self._patience_s)
             except (TimeoutError, ChannelClosed):
                 return
             if isinstance(message, Exit):
@@ -97,6 +102,12 @@ class Server:
                     return
             except ChannelClosed:
                 return
+
+    @property
+    def _patience_s(self) -> float | None:
+        if not self.idle_s:
+            return None
+        return self.idle_s if self._has_worked else self.idle_s + _START_S
 
     def _answer(self, message: Message, tensors: list[torch.Tensor]) -> bool:
         try:
@@ -132,6 +143,7 @@ class Server:
                 assert mesh is not None
                 mesh.measure(message.num_bytes)
             case Load():
+                self._has_worked = True
                 return self.models.load(message), []
             case Patches():
                 self._end_run()

@@ -264,6 +264,30 @@ def test_a_killed_worker_is_named_and_replaced(pool):
     assert len(pids(pool)) == 2
 
 
+def test_new_workers_do_not_reuse_what_the_old_ones_had(pool):
+    """A block cache decides before a call; the worker that had the results is gone since."""
+    session = Session(pool)
+    decide = session.state.decisions.decide
+
+    def decided(reuse):
+        return decide(ModelCall(session.index + 1, 0, 0, BranchKey((), 0, None), (0,)), reuse)
+
+    assert not decided(True), "nothing has been computed yet"
+    session.call()
+    assert decided(True)
+    session.call()
+    assert decided(True)
+    pool.workers[0].handle._process.kill()
+    pool.workers[0].handle._process.wait()
+    assert close(session.call(), session.expected())
+    found = session.state.section().json
+    assert (found["calls_distributed"], found["calls_local"]) == (2, 1)
+    assert "new workers lack the results" in next(iter(found["reasons"]))
+    assert not decided(True)
+    assert close(session.call(), session.expected())
+    assert session.state.section().json["calls_distributed"] == 3
+
+
 def test_a_worker_that_ends_in_a_call(pool):
     session = Session(pool)
     session.call()
@@ -406,7 +430,7 @@ def test_a_hundred_calls_leave_nothing_behind(pool):
 def test_idle_workers_end_and_come_back():
     pool = Pool(lambda: LocalLauncher(PROGRAM))
     try:
-        idle_s = patience()
+        idle_s = 1.5 * patience()
         session = Session(pool, 2, idle_s=idle_s)
         session.call()
         (pid,) = pids(pool)
@@ -441,7 +465,7 @@ class Unnoticed:
 def test_a_worker_that_left_for_idleness_just_as_it_was_asked_is_replaced():
     pool = Pool(lambda: LocalLauncher(PROGRAM))
     try:
-        idle_s = patience()
+        idle_s = 1.5 * patience()
         session = Session(pool, 3, idle_s=idle_s)
         session.call()
         before = pids(pool)

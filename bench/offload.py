@@ -7,6 +7,7 @@ management. Needs a CUDA GPU and, for Flux, 40 GB of RAM. docs/offload.md says h
 """
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 
 MODELS = ("wan", "flux", "qwen")
 MANAGERS = ("dynamic", "classic")
+NO_GPU = "bench offload needs a CUDA GPU: torch sees none"
 
 
 def main() -> int:
@@ -25,12 +27,16 @@ def main() -> int:
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        print(json.dumps(child(*options.child)))
-        return 0
-    pairs = [(model, manager) for model in options.models for manager in options.managers]
-    found = [measure(model, manager) for model, manager in pairs]
-    for one in found:
-        print("\n".join(lines(one)))
+        return answer(*options.child)
+    import torch  # the children import it after comfy-aimdo, each in its own process
+
+    if not torch.cuda.is_available():
+        print(NO_GPU, file=sys.stderr)
+        return 1
+    found = []
+    for pair in itertools.product(options.models, options.managers):
+        found.append(measure(*pair))
+        print("\n".join(lines(found[-1])), flush=True)
     if options.out is not None:
         write(options.out, found)
     return 0 if all("error" not in one for one in found) else 1
@@ -55,12 +61,26 @@ def write(folder: Path, found: list[dict[str, Any]]) -> bool:
 
 
 def measure(model: str, manager: str) -> dict[str, Any]:
-    """One child process; its result, or the end of what it said."""
+    """One child process; its result, or the last line of what it said (all of it is shown)."""
     command = [sys.executable, str(Path(__file__).parent), "offload", "--child", model, manager]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        return {"model": model, "manager": manager, "error": done.stderr.strip()[-800:]}
+        print(done.stderr, file=sys.stderr)
+        last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        return {"model": model, "manager": manager, "error": last}
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def answer(model: str, manager: str) -> int:
+    """The child's side of `measure`: JSON, or the sentence that says what is missing."""
+    from .setup_env import SetupError
+
+    try:
+        print(json.dumps(child(model, manager)))
+    except SetupError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
 
 
 def child(model: str, manager: str) -> dict[str, Any]:
@@ -81,7 +101,7 @@ def child(model: str, manager: str) -> dict[str, Any]:
     import torch
 
     if not torch.cuda.is_available():
-        raise SetupError("bench offload needs a CUDA GPU: torch sees none")
+        raise SetupError(NO_GPU)
     from . import offload_models, offload_steps
 
     case = offload_models.make(model)

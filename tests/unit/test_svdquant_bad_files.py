@@ -278,8 +278,8 @@ def mutated(raw, generator):
 
 
 def test_200_mutated_files(good, tmp_path):
-    """Any of them either reads or raises CheckpointError, quickly, in no more memory than a few
-    times the file."""
+    """Any of them either reads or raises CheckpointError, quickly, in no more memory than the good
+    file, which was read before, and another of its size (and what an allocator keeps)."""
     raw, generator = good.read_bytes(), random.Random(0)
     path = tmp_path / "mutated.safetensors"
     read(good)
@@ -298,4 +298,4 @@ def test_200_mutated_files(good, tmp_path):
     assert slowest < 10
     unit = 1 if sys.platform == "darwin" else 1024
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) * unit
-    assert grown < 8 * len(raw) + (64 << 20)
+    assert grown < len(raw) + (8 << 20)

@@ -145,11 +145,15 @@ def one(side: str, family: str, packs: Path | None) -> None:
         with torch.inference_mode():
             found = measure(side, family, packs)
     except Exception as error:  # noqa: BLE001 - another pack's failure is a result of this table
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        message = re.sub(r" \(/[^)]*\)", "", str(error).splitlines()[0])  # names a local folder
-        reason = f"{type(error).__name__}: {message} ({Path(where.filename).name}:{where.lineno})"
-        found = {"side": side, "family": family, "failed": reason}
+        found = {"side": side, "family": family, "failed": failure(error)}
     print(MARK + json.dumps(found))
+
+
+def failure(error: Exception) -> str:
+    """What another pack raised and where, without a local folder's name."""
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    message = re.sub(r" \(/[^)]*\)", "", (str(error).splitlines() or [""])[0])
+    return f"{type(error).__name__}: {message} ({Path(where.filename).name}:{where.lineno})"
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from ..backends.picture import canvas
 _ROW, _LEFT, _TOP = 44, 520, 104
 _RIGHT = canvas.WIDTH - canvas.MARGIN - 90
 MOST_DB, _BOTTOM = 55.0, 740  # of the curves
-_COLOURS = {"slipstream": canvas.PALETTE[0], "core": canvas.PALETTE[1]}
+_COLOURS = dict(zip(("slipstream", "core", "other pack"), canvas.PALETTE, strict=False))
 
 
 def draw_suite(found: dict[str, Any]) -> Any:

@@ -24,7 +24,7 @@ def environment(*, comfyui: Path | None = None) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
+        "cores": num_cores(),
         "cpu": cpu_name(),
         "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
         "packages": {name: at for name in _PACKAGES if (at := installed(name))},
@@ -41,6 +41,11 @@ def environment(*, comfyui: Path | None = None) -> dict[str, Any]:
             "driver": driver(),
         }
     return found
+
+
+def num_cores() -> int | None:
+    """Cores that this process may use (taskset and containers allow fewer than there are)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def installed(package: str) -> str | None:

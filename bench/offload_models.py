@@ -25,9 +25,9 @@ class Case:
 
 
 def make(model: str) -> Case:
-    """wan (20 of 40 blocks), flux (all 57) or qwen (20 of 60 blocks), in bf16. Call it first:
+    """wan (20 of 40 blocks), flux (all 57), qwen (20 of 60 blocks) or sdxl, in bf16. Call it first:
     with dynamic memory on ComfyUI makes networks without weights."""
-    network, sizes, text = {"wan": _wan, "flux": _flux, "qwen": _qwen}[model]()
+    network, sizes, text = PARTS[model]()
     weights = random_weights(network)
 
     def load() -> Any:
@@ -66,7 +66,7 @@ def random_weights(network: torch.nn.Module) -> dict[str, torch.Tensor]:
             count = value.numel()
             weights[name] = some.repeat(-(-count // some.numel()))[:count].view(value.shape)
         else:
-            is_scale = "norm" in name and name.endswith("weight")
+            is_scale = name.endswith(("weight", "scale"))  # of a norm
             weights[name] = torch.full(value.shape, 1.0 if is_scale else 0.0).bfloat16()
     return weights
 
@@ -129,3 +129,28 @@ def _qwen() -> Parts:
         "1328": (1, 16, 1, 166, 166),
     }
     return network, sizes, _text(1, 256, 3584)
+
+
+def _sdxl() -> Parts:
+    from comfy.ldm.modules.diffusionmodules.openaimodel import (  # type: ignore[import-not-found]
+        UNetModel,
+    )
+
+    network = UNetModel(
+        image_size=32, in_channels=4, out_channels=4, model_channels=320, num_res_blocks=[2, 2, 2],
+        channel_mult=(1, 2, 4), num_head_channels=64, use_spatial_transformer=True,
+        transformer_depth=[0, 0, 2, 2, 10, 10], transformer_depth_middle=10,
+        transformer_depth_output=[0, 0, 0, 2, 2, 2, 10, 10, 10], context_dim=2048,
+        use_linear_in_transformer=True, num_classes="sequential", adm_in_channels=2816,
+        legacy=False, **_common(),
+    )  # fmt: skip
+    sizes: Sizes = {"1024": (1, 4, 128, 128)}
+    return network, sizes, _text(1, 77, 2048, pooled_output=torch.zeros(1, 1280))
+
+
+PARTS: dict[str, Callable[[], Parts]] = {
+    "wan": _wan,
+    "flux": _flux,
+    "qwen": _qwen,
+    "sdxl": _sdxl,
+}

@@ -1,9 +1,10 @@
 """The models that the suite samples: the trained one, at its own size and larger, and a small Wan.
 
 A subject is sampled by the code under the KSampler node and timed by its callback, so that nothing
-is attached to the MODEL but what is measured.
+is attached to the MODEL but what is measured. subjects_gpu.py has those of full width.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import demo_models
+from .demo_models import TEXT_DIM, _save
 from .draw import CLASSES, SIZE
 from .trained import CFG, NUM_STEPS, Sampled, TrainedModel
+
+_WAN = "slipstream_suite_wan.safetensors"
+WAN_BLOCKS = 12  # caches keep up to 8 at the front and need more behind them
 
 
 @dataclass
@@ -22,7 +26,7 @@ class Subject:
     """A model and one way to sample it.
 
     run(model, number) samples once; number picks class and seed. decode: latents to pictures,
-    None where they would mean nothing.
+    None where they would mean nothing; family: as other packs' nodes want to be told.
     """
 
     name: str
@@ -30,6 +34,7 @@ class Subject:
     model: Any
     run: Callable[[Any, int], Sampled]
     decode: Callable[[Tensor], Tensor] | None = None
+    family: str = "flux"
 
 
 def trained_subject(demo: TrainedModel, *, size: int, num_steps: int = NUM_STEPS) -> Subject:
@@ -47,21 +52,33 @@ def trained_subject(demo: TrainedModel, *, size: int, num_steps: int = NUM_STEPS
 
 
 def wan_subject(demo: TrainedModel, folder: Path, *, num_steps: int = 12) -> Subject:
-    """A Wan of random weights: what a mechanism costs and saves, never how a clip looks.
+    """A Wan of random weights, narrow and with many blocks: what a mechanism costs and saves.
 
-    folder: a models folder that demo_models.py wrote.
+    folder: gets the file that ComfyUI's loader reads.
     """
+    import comfy.ops
     import folder_paths
+    from comfy.ldm.wan.model import WanModel
 
-    folder_paths.add_model_folder_path("diffusion_models", str(folder / "diffusion_models"))
-    model = demo.loaders.UNETLoader().load_unet(demo_models.WAN, "default")[0]
-    text = torch.randn(1, 8, demo_models.TEXT_DIM, generator=torch.Generator().manual_seed(0))
+    network = WanModel(
+        model_type="t2v", dim=128, ffn_dim=512, num_heads=1, num_layers=WAN_BLOCKS, in_dim=16,
+        out_dim=16, text_dim=TEXT_DIM, dtype=torch.float32, device="cpu",
+        operations=comfy.ops.disable_weight_init,
+    )  # fmt: skip
+    not_in_weights = {"config": json.dumps({"transformer": {"text_dim": TEXT_DIM}})}
+    _save(folder / _WAN, network, seed=1, metadata=not_in_weights)
+    folder_paths.add_model_folder_path("diffusion_models", str(folder))
+    model = demo.loaders.UNETLoader().load_unet(_WAN, "default")[0]
+    text = torch.randn(1, 8, TEXT_DIM, generator=torch.Generator().manual_seed(0))
     positive, negative = [[text, {}]], [[torch.zeros_like(text), {}]]
-    empty = torch.zeros(1, 16, 5, 30, 30)
+    empty = torch.zeros(1, 16, 3, 24, 24)
 
     def run(patched: Any, number: int) -> Sampled:
         where = (patched, empty, positive, negative)
         return demo.run(*where, seed=3000 + number, num_steps=num_steps, cfg=CFG)
 
-    about = f"random weights, {num_steps} steps, cfg {CFG:g}, 5 latent frames, 1125 tokens"
-    return Subject("small Wan", about, model, run)
+    about = (
+        f"random weights, {WAN_BLOCKS} blocks, {num_steps} steps, cfg {CFG:g}, 3 latent frames, "
+        "432 tokens"
+    )
+    return Subject("small Wan", about, model, run, family="wan")

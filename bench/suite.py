@@ -1,177 +1,159 @@
-"""Measure every technique against plain ComfyUI and core's own, and write JSON, table and chart.
+"""Measure every technique against plain ComfyUI, core's own and other packs; JSON, table, chart.
 
-    python bench suite [--quick] [--out FOLDER] [--only TEXT] [--threads N]
+    python bench suite [--quick] [--out FOLDER] [--only TEXT] [--threads N] [--packs FOLDER]
 
 All sides of a subject take turns in this process; plain runs twice in a round, which gives the
-noise. FOLDER (default output/bench) gets suite.json after every subject, so Ctrl-C keeps what is
-finished; suite.png and suite.md come from that JSON. A loss is reported as a loss.
+noise. FOLDER (default output/bench) gets suite.json after every subject (suite-quick.json with
+--quick), so Ctrl-C keeps what is finished; .png and .md come from that JSON. A loss is reported
+as a loss. With a CUDA device there are subjects of full width too.
 """
 
 import argparse
 import json
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import demo_models, tables
+from . import suite_peers, tables
 from .chart import draw_suite
 from .environment import environment
 from .in_process import use_comfyui
-from .judge import psnr, ssim
-from .paired import AGAIN, BASELINE, noise_band, ratio, take_turns, verdict
 from .setup_env import PACK_ROOT
 from .subjects import Subject, trained_subject, wan_subject
-from .trained import CLOCK_HELP, CLOCKS, Sampled, TrainedModel
-from .variants import NotHereError, Variant, variants
+from .suite_measure import measure
+from .trained import CLOCK_HELP, CLOCKS, TrainedModel
+from .variants import variants
 
-SCHEMA = 1
+SCHEMA = 2  # 2: sides are perf dumps with all their fields; seconds of every subject
 OUTPUT = PACK_ROOT / "output" / "bench"
 COMMAND = "python bench suite"
-# Rounds of each subject; a round runs every side once. Few for the large one: a run takes seconds.
-_ROUNDS, _QUICK_ROUNDS = (20, 8, 8), (10, 4, 4)
+# Rounds of each subject; a round runs every side once. Few for the large ones: a run takes seconds.
+_ROUNDS, _QUICK_ROUNDS = (20, 6, 8), (10, 3, 4)
+_GPU_ROUNDS, _QUICK_GPU_ROUNDS = 4, 2
+
+Plan = list[tuple[Callable[[], Subject], int]]  # what makes a subject, its rounds
 
 
-def measure(
-    subject: Subject, chosen: Sequence[Variant], num_rounds: int, bar: Any
-) -> dict[str, Any]:
-    """One subject's part of the JSON."""
-    models: dict[str, Any] = {BASELINE: subject.model, AGAIN: subject.model}
-    absent: dict[str, str] = {}
-    failed: dict[str, str] = {}
-    subject.run(subject.model, 0)
-    for variant in chosen:
-        try:
-            model = variant.make(subject.model)
-            subject.run(model, 0)  # imports and kernel choice are not the claim
-        except NotHereError as reason:
-            absent[variant.name] = str(reason)
-        except (RuntimeError, ValueError) as error:  # a loss that belongs into the table
-            failed[variant.name] = f"{type(error).__name__}: {error}"
-            print(f"\n{subject.name}: {variant.name} FAILED: {error}")
-        else:
-            models[variant.name] = model
-    runs: dict[str, list[Sampled]] = {name: [] for name in models}
+def plan(demo: TrainedModel, folder: Path, *, quick: bool) -> Plan:
+    """The subjects in the order in which they are measured; those of full width need a GPU."""
+    makers: list[Callable[[], Subject]] = [
+        lambda: trained_subject(demo, size=64),
+        lambda: trained_subject(demo, size=512, num_steps=12),
+        lambda: wan_subject(demo, folder),
+    ]
+    found = list(zip(makers, _QUICK_ROUNDS if quick else _ROUNDS, strict=True))
+    if torch.cuda.is_available():
+        from .subjects_gpu import gpu_subjects
 
-    def runner(name: str) -> Any:
-        def once(number: int) -> float:
-            runs[name].append(subject.run(models[name], number))
-            return runs[name][-1].seconds
-
-        return once
-
-    bar.reset(total=num_rounds * len(models))
-    bar.set_description(subject.name)
-    seconds = take_turns({name: runner(name) for name in models}, num_rounds, on_run=bar.update)
-    band = noise_band(ratio(seconds[BASELINE], seconds[AGAIN]))
-    sides = []
-    for name, series in seconds.items():
-        kept = runs[name][: len(series)]
-        speed = ratio(seconds[BASELINE], series)
-        owner = next((v.owner for v in chosen if v.name == name), "core")
-        side = {"name": name, "owner": owner, "speed": speed.to_json()}
-        side["verdict"] = verdict(speed.median, band) if name != BASELINE else "baseline"
-        side |= perf_dump(kept)
-        plain = runs[BASELINE][: len(series)]
-        side |= difference(subject, plain, kept)
-        sides.append(side)
-    return {
-        "name": subject.name,
-        "about": subject.about,
-        "num_rounds": len(seconds[BASELINE]),
-        "noise_band": [round(edge, 4) for edge in band],
-        "sides": sides,
-        "not_measured": absent,
-        "failed": failed,
-    }
-
-
-def perf_dump(runs: Sequence[Sampled]) -> dict[str, Any]:
-    """Medians over the runs, with the names of SGLang-Diffusion's perf dump."""
-    steps = torch.tensor([run.step_ms for run in runs], dtype=torch.float64).median(0).values
-    total = torch.tensor([run.seconds for run in runs], dtype=torch.float64).median().item() * 1000
-    return {
-        "total_duration_ms": round(total, 2),
-        "steps": [{"name": "DenoisingStage", "duration_ms": round(total, 2)}],
-        "denoise_steps_ms": [
-            {"step": index, "duration_ms": round(ms, 3)} for index, ms in enumerate(steps.tolist())
-        ],
-    }
-
-
-def difference(
-    subject: Subject, plain: Sequence[Sampled], runs: Sequence[Sampled]
-) -> dict[str, Any]:
-    """Against the plain run of the same seed: bit-identical, relative error, PSNR and SSIM."""
-    a, b = (torch.cat([run.latents for run in side]) for side in (runs, plain))
-    found: dict[str, Any] = {
-        "identical": bool(torch.equal(a, b)),
-        "latent_rel_l2": float(f"{((a - b).norm() / b.norm()).item():.3g}"),
-    }
-    if subject.decode is not None:
-        pictures, reference = subject.decode(a), subject.decode(b)
-        found["psnr_db"] = round(psnr(pictures, reference).mean().item(), 2)
-        found["ssim"] = round(ssim(pictures, reference).mean().item(), 4)
+        rounds = _QUICK_GPU_ROUNDS if quick else _GPU_ROUNDS
+        found += [(maker, rounds) for maker in gpu_subjects(demo)]
     return found
 
 
-def subjects(demo: TrainedModel, folder: Path) -> list[Subject]:
-    """In the order in which they are measured."""
-    return [
-        trained_subject(demo, size=64),
-        trained_subject(demo, size=512, num_steps=12),
-        wan_subject(demo, folder),
-    ]
-
-
-def save(found: dict[str, Any], folder: Path, only: str) -> None:
-    """suite.json, suite.md and, with Pillow, suite.png."""
+def save(found: dict[str, Any], folder: Path) -> None:
+    """suite.json, suite.md and, with Pillow, suite.png; suite-quick.* of a quick run."""
     folder.mkdir(parents=True, exist_ok=True)
+    name = tables.suite_name(found)
     text = json.dumps(found, indent=1) + "\n"
-    (folder / "suite.json").write_text(text, encoding="utf-8")
-    (folder / "suite.md").write_text(tables.suite_page(found), encoding="utf-8")
+    (folder / f"{name}.json").write_text(text, encoding="utf-8")
+    (folder / f"{name}.md").write_text(tables.suite_page(found), encoding="utf-8")
     try:
-        draw_suite(found).save(folder / "suite.png")
+        draw_suite(found).save(folder / f"{name}.png")
     except ImportError:
         print("No chart: Pillow is not installed")
+
+
+def run(found: dict[str, Any], planned: Plan, measured: Callable[..., Any], out: Path) -> bool:
+    """Fill found["subjects"], saving after each. False: Ctrl-C ended it, and `found` says where."""
+    started = time.monotonic()
+    try:
+        for maker, num_rounds in planned:
+            part = measured(maker(), num_rounds)
+            found["subjects"].append(part)
+            found["seconds"] = round(time.monotonic() - started, 1)
+            if part["num_rounds"] < num_rounds:
+                raise KeyboardInterrupt
+            save(found, out)
+    except KeyboardInterrupt:
+        last = found["subjects"][-1] if found["subjects"] else {"name": "-", "num_rounds": 0}
+        found["interrupted"] = (
+            f"stopped with {len(found['subjects'])} of {len(planned)} subjects measured, "
+            f"{last['name']} in {last['num_rounds']} rounds"
+        )
+        if found["subjects"]:
+            save(found, out)
+        return False
+    return True
 
 
 def main() -> int:
     from tqdm import tqdm
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="few rounds: under 10 minutes")
-    parser.add_argument("--out", type=Path, default=OUTPUT)
-    parser.add_argument("--only", default="", help="only variants with this text in their name")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help=CLOCK_HELP)
-    options = parser.parse_args()
+    options = _options()
     torch.set_num_threads(options.threads)
     comfyui = use_comfyui(cpu=not torch.cuda.is_available())
-    chosen = [variant for variant in variants() if options.only in variant.name]
-    command = COMMAND + (" --quick" if options.quick else "")
-    command += f" --only '{options.only}'" if options.only else ""
-    command += f" --threads {options.threads} --clock {options.clock}"
+    packs = options.packs or comfyui / "custom_nodes"
     found: dict[str, Any] = {
         "schema": SCHEMA,
-        "command": command,
+        "command": _command(options),
+        "quick": options.quick,
         "environment": environment(comfyui=comfyui) | {"clock": options.clock},
         "subjects": [],
     }
+    chosen = [v for v in variants(clock=options.clock) if options.only in v.name]
     with tempfile.TemporaryDirectory() as place, tqdm(mininterval=1) as bar:
-        folder = Path(place) / "models"
-        demo_models.write(comfyui, folder)
         demo = TrainedModel(clock=CLOCKS[options.clock])
-        rounds = _QUICK_ROUNDS if options.quick else _ROUNDS
+        planned = plan(demo, Path(place), quick=options.quick)
+        if options.peer:
+            return suite_peers.child(options.peer, planned[options.subject], packs, bar, found)
+
+        def measured(subject: Subject, num_rounds: int) -> dict[str, Any]:
+            started = time.monotonic()
+            part = measure(subject, chosen, num_rounds, bar, made=found["environment"])
+            if part["num_rounds"] == num_rounds:
+                index = len(found["subjects"])
+                suite_peers.add(part, index, packs, options, bar)
+            return part | {"seconds": round(time.monotonic() - started, 1)}
+
         try:
-            for subject, num_rounds in zip(subjects(demo, folder), rounds, strict=True):
-                found["subjects"].append(measure(subject, chosen, num_rounds, bar))
-                save(found, options.out, options.only)
-        except KeyboardInterrupt:
-            print(f"\nStopped: {len(found['subjects'])} subjects are finished and saved")
-            return 130
-    print(tables.suite_page(found))
-    print(f"Saved in {options.out}")
+            finished = run(found, planned, measured, options.out)
+        finally:
+            _stop_workers()
+    if found["subjects"]:
+        print(tables.suite_page(found))
+        print(f"Saved in {options.out}")
+    if not finished:
+        print(f"Interrupted: {found['interrupted']}")
+        return 130
     return 0
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="few rounds: under 10 minutes")
+    parser.add_argument("--out", type=Path, default=OUTPUT)
+    parser.add_argument("--only", default="", help="only sides with this text in their name")
+    parser.add_argument("--threads", type=int, default=1, help="models this small gain from none")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help=CLOCK_HELP)
+    parser.add_argument("--packs", type=Path, help="other packs (default: custom_nodes)")
+    parser.add_argument("--peer", help=argparse.SUPPRESS)
+    parser.add_argument("--subject", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def _command(options: argparse.Namespace) -> str:
+    command = COMMAND + (" --quick" if options.quick else "")
+    command += f" --only '{options.only}'" if options.only else ""
+    command += " --packs FOLDER" if options.packs else ""
+    return command + f" --threads {options.threads} --clock {options.clock}"
+
+
+def _stop_workers() -> None:
+    """Sequence Parallel's processes, if a side has started them."""
+    from ..parallel.apply import pool
+
+    pool().close()

@@ -12,19 +12,32 @@ from .goals import goals
 Json = dict[str, Any]
 
 
+def suite_name(found: Json) -> str:
+    """Of a suite's files: a quick run does not take the place of a whole one."""
+    return "suite-quick" if found.get("quick") else "suite"
+
+
 def suite_page(found: Json) -> str:
-    """docs/benchmarks/suite.md"""
-    parts = ["# Every technique against plain ComfyUI", *_preface(found)]
+    """docs/benchmarks/suite.md and suite-quick.md"""
+    title = "# Every technique against plain ComfyUI"
+    parts = [title + (", in few rounds" if found.get("quick") else ""), *_preface(found)]
+    if "seconds" in found:
+        each = ", ".join(f"{s['name']} {s['seconds']:.0f}" for s in found["subjects"])
+        parts.append(f"Took {found['seconds']:.0f} s: {each}.")
+    if "interrupted" in found:
+        parts.append(f"**Partial**: {found['interrupted']}.")
     parts.append(
         "Speed is plain time over the side's time, the median of paired rounds with its quartiles. "
         "Within noise means inside the band in which plain ComfyUI differs from itself: quartiles, "
         "or extremes below 8 rounds. PSNR and SSIM compare the pictures to plain ones of the same "
         "seeds; 100 dB is identical."
     )
-    parts.append("![Speed of every side](suite.png)")
+    parts.append(f"![Speed of every side]({suite_name(found)}.png)")
     for subject in found["subjects"]:
         parts += [f"## {subject['name']}", _sentence(subject["about"]), _band(subject)]
         parts.append(_suite_table(subject))
+        notes = [f"- {s['name']}: {s['about']}" for s in subject["sides"] if "about" in s]
+        parts += ["Notes:\n\n" + "\n".join(notes)] if notes else []
         for key, word in (("failed", "Failed"), ("not_measured", "Not measured")):
             lines = [f"- {name}: {why}" for name, why in subject[key].items()]
             parts += [f"{word}:\n\n" + "\n".join(lines)] if lines else []
@@ -209,6 +222,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 PAGES: dict[str, Callable[[Json], str]] = {
     "suite": suite_page,
+    "suite-quick": suite_page,
     "attention": attention_page,
     "quality": quality_page,
     "demo-model": model_page,

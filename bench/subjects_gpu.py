@@ -1,0 +1,57 @@
+"""Subjects of full width for a CUDA device: Flux, Wan, Qwen-Image and SDXL with random weights.
+
+What a technique gains or loses at the sizes that people use; pictures are noise. The networks are
+those of offload_models.py: Flux and SDXL whole, 20 of the blocks of Wan 14B and Qwen-Image, bf16.
+**Unverified**: written without a GPU at hand; on a CPU only their shapes are tested.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import offload_models
+from .subjects import Subject
+from .trained import Sampled, TrainedModel
+
+NUM_STEPS = 12
+
+
+@dataclass(frozen=True)
+class FullWidth:
+    """model: as offload_models.make() knows it; size: of its sizes; family: see Subject."""
+
+    title: str
+    model: str
+    size: str
+    cfg: float
+    family: str
+
+
+FULL_WIDTH = (
+    FullWidth("full-width Flux, 1024 x 1024", "flux", "1024", 1.0, "flux"),
+    FullWidth("full-width Wan, 480p, 17 frames", "wan", "480p 17 frames", 5.0, "wan"),
+    FullWidth("full-width Qwen-Image, 1024 x 1024", "qwen", "1024", 4.0, "qwen_image"),
+    FullWidth("full-width SDXL, 1024 x 1024", "sdxl", "1024", 7.0, "sdxl"),
+)
+
+
+def gpu_subjects(demo: TrainedModel) -> list[Callable[[], Subject]]:
+    """What makes each of them; one is made when its turn comes and needs up to 40 GB of RAM."""
+    return [lambda one=one: full_width(demo, one) for one in FULL_WIDTH]  # type: ignore[misc]
+
+
+def full_width(demo: TrainedModel, one: FullWidth) -> Subject:
+    """One of them, loaded by ComfyUI's loader."""
+    case = offload_models.make(one.model)
+    model, positive = case.load(), case.conditioning()
+    negative = [[torch.zeros_like(context), extra] for context, extra in positive]
+    empty = torch.zeros(case.sizes[one.size])
+
+    def run(patched: Any, number: int) -> Sampled:
+        where = (patched, empty, positive, negative)
+        return demo.run(*where, seed=4000 + number, num_steps=NUM_STEPS, cfg=one.cfg)
+
+    about = f"random weights, bf16, {NUM_STEPS} steps, cfg {one.cfg:g}, latent {tuple(empty.shape)}"
+    return Subject(one.title, about, model, run, family=one.family)

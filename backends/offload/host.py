@@ -16,6 +16,7 @@ import torch
 
 from ..memory.counters import synchronize
 from ..memory.host import forced_bytes, is_dynamic, resident_bytes, weight_bytes
+from .blocks import parts_of
 
 _CHUNK_BYTES = 64 << 20  # of a bandwidth measurement; less where less is free
 _NUM_CHUNKS = 4
@@ -118,6 +119,24 @@ def change_residency(patcher: Any, resident: int | None) -> None:
 def has_weight_hooks(patcher: Any) -> bool:
     """Whether hooks patch weights while sampling: a copy made before a patch would be stale."""
     return bool(getattr(patcher, "hook_patches", None))
+
+
+def lora_rounds_by_residency(patcher: Any) -> bool:
+    """Whether a LoRA is on weights of fewer than 32 bits: ComfyUI merges it into resident ones,
+    and rounds them again, but adds it to streamed ones when they are used."""
+    patched = getattr(patcher, "patches", None) or ()
+    modules = dict(patcher.model.named_modules()) if patched else {}
+    for key in patched:
+        path, _, name = key.rpartition(".")
+        weight = getattr(modules.get(path), name, None)
+        if not isinstance(weight, torch.Tensor):
+            continue
+        # Dynamic memory keeps the file's dtype in RAM and casts to this one on the device.
+        placed = getattr(modules[path], f"{name}_comfy_model_dtype", None)
+        dtypes = [part.dtype for _, part in parts_of(weight)[0]]
+        if any(dtype.itemsize < 4 for dtype in (*dtypes, *([placed] if placed else []))):
+            return True
+    return False
 
 
 def chooses_modules(patcher: Any) -> bool:

@@ -25,6 +25,11 @@ from .tuner import JUDGED_STEP, PLANNED_STEP, Memo, Setting, Tuner
 if TYPE_CHECKING:
     from ..run import ModelCall, Run
 
+LORA_ROUNDS = (
+    "LoRA on 16- or 8-bit weights: ComfyUI rounds resident and streamed ones differently, so the "
+    "picture changes slightly with residency"
+)
+
 
 class OffloadState:
     """What offload keeps for one run."""
@@ -183,6 +188,8 @@ class OffloadState:
                 )
         elif self._config.mode in ("speed", "memory") and tuner.num_steps <= PLANNED_STEP:
             outcome.remarks.append(f"no plan: it needs more than {PLANNED_STEP} steps")
+        if outcome.streamed_bytes and host.lora_rounds_by_residency(patcher):
+            outcome.remarks.append(LORA_ROUNDS)
         outcome.predicted_step_seconds = tuner.predicted_step_seconds
         outcome.measured_step_seconds = tuner.steps.mean(JUDGED_STEP)
         outcome.is_rolled_back = tuner.is_rolled_back

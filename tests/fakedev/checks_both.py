@@ -16,6 +16,8 @@ from fake_models import (
 from offload_probe import NOTHING, leftovers, offloaded, report, resident_share
 from slipstream.backends.memory import host as memory
 from slipstream.backends.offload import host, stream
+from slipstream.backends.offload.state import LORA_ROUNDS
+from slipstream.backends.run import run_log
 
 DOUBLE = ("dit", "double_block")
 
@@ -54,6 +56,17 @@ def test_lora_streamed_as_at_the_same_residency(env, kind):
     for share in (0.0, 0.5):
         staged, cast = (sample(offloaded(model, share, prefetch), "wan") for prefetch in (0, -1))
         assert staged.equal(cast), share
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_report_says_where_residency_changes_the_rounding(env, kind):
+    """A LoRA is merged into resident weights alone; in fp32 that rounds nothing away."""
+    for patcher, is_patched in ((load("wan", kind), False), (with_lora(load("wan", kind)), True)):
+        budgeted = offloaded(patcher, 0.0, -1)
+        sample(budgeted, "wan", steps=1)
+        text = run_log(budgeted).latest().to_text()
+        assert (LORA_ROUNDS in text) == (is_patched and kind != "fp32")
+        env.end_node()
 
 
 def test_lora_before_and_after_the_node(env):

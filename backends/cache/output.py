@@ -1,8 +1,8 @@
 """Strategy output: reuse the whole model's prediction, for networks whose blocks are not known.
 
 At APPLY_MODEL, outside whatever is compiled. What is kept is (denoised - x) / sigma: the velocity
-of a flow model, the noise of an eps or v model. A reused call returns x + sigma * that, a new
-tensor; the sampler's latent is never written to. The change is estimated from the input, as in
+of a flow model, the noise of an eps or v model. A reused call returns x + sigma * what follows from
+it, a new tensor; the sampler's latent is never written to. The change is estimated from the input, as in
 EasyCache (arXiv 2507.02860): the rate of output to input change seen at the last computed calls.
 """
 

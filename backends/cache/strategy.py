@@ -229,9 +229,9 @@ def settle(config: CacheConfig, strategy: str, model: Model, run: Run) -> CacheC
     if strategy == "fastercache-cfg":
         changes["cfg_mode"] = "separate"
     by_auto = config.strategy == "auto" and strategy == "cache-dit"
-    if config.calibrator == "none" and (by_auto or strategy in ("taylorseer", "scm")):
+    if config.calibrator == "none" and (by_auto or strategy in ("taylorseer", "scm", "output")):
         changes["calibrator"] = "taylorseer"
-        if config.cache_ratio is not None:
+        if strategy in _COMPARING and config.cache_ratio is not None:
             threshold = EXTRAPOLATED_THRESHOLD * config.residual_diff_threshold
             changes["residual_diff_threshold"] = threshold
     if strategy == "teacache":

@@ -121,13 +121,12 @@ def test_half_ratio_runs_blocks_1_8_times_less_often(models, family):
     [
         ("auto", "taylorseer", 0.48),
         ("taylorseer", "taylorseer", 0.48),
+        ("output", "taylorseer", 0.24),
         ("cache-dit", "none", 0.24),
         ("fbcache", "none", 0.24),
     ],
 )
-def test_twice_the_threshold_where_the_residual_is_extrapolated(
-    models, strategy, calibrator, threshold
-):
+def test_what_is_extrapolated_and_at_which_threshold(models, strategy, calibrator, threshold):
     patched = apply_cache(models["wan"], CacheConfig.from_ratio(0.5, strategy=strategy))
     sample(patched, "wan", steps=8)
     found = section(patched)

@@ -2,8 +2,8 @@
 
 At APPLY_MODEL, outside whatever is compiled. What is kept is (denoised - x) / sigma: the velocity
 of a flow model, the noise of an eps or v model. A reused call returns x + sigma * what follows from
-it, a new tensor; the sampler's latent is never written to. The change is estimated from the input, as in
-EasyCache (arXiv 2507.02860): the rate of output to input change seen at the last computed calls.
+it, a new tensor; the sampler's latent is never written to. The change is estimated from the input,
+as in EasyCache (arXiv 2507.02860): by the rate of output to input change at the computed calls.
 """
 
 from collections.abc import Hashable

@@ -53,11 +53,7 @@ class Flash2(PackageKernel):
         want_lse: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         assert mask is None
-        head_dim = q.shape[-1]
-        scale = head_dim**-0.5 if scale is None else scale
-        q, k, v = (operands.aligned(operands.pad_head_dim(x)).transpose(1, 2) for x in (q, k, v))
-        with operands.on_device_of(q):
-            result = self._attention(q, k, v, softmax_scale=scale, return_attn_probs=want_lse)
-        out, lse = (result[0], result[1]) if want_lse else (result, None)
-        out = operands.trim(out, head_dim).transpose(1, 2)
-        return out if lse is None else (out, lse)
+        options = {"return_attn_probs": want_lse}
+        return operands.flash(
+            self._attention, q, k, v, scale=scale, want_lse=want_lse, options=options
+        )

@@ -56,12 +56,7 @@ class Flash3(PackageKernel):
         want_lse: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         assert mask is None
-        head_dim = q.shape[-1]
-        scale = head_dim**-0.5 if scale is None else scale
-        q, k, v = (operands.aligned(operands.pad_head_dim(x)).transpose(1, 2) for x in (q, k, v))
         options = {"return_attn_probs": want_lse} if self._asks_for_lse else {}
-        with operands.on_device_of(q):
-            result = self._attention(q, k, v, softmax_scale=scale, **options)
-        out = result[0] if isinstance(result, tuple) else result
-        out = operands.trim(out, head_dim).transpose(1, 2)
-        return (out, result[1]) if want_lse else out
+        return operands.flash(
+            self._attention, q, k, v, scale=scale, want_lse=want_lse, options=options
+        )

@@ -4,7 +4,9 @@ Everything returns its input where nothing has to change, and never writes to it
 Shapes: B batch, H q heads, Hkv k/v heads, N tokens, D head width.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -76,3 +78,27 @@ def _rows_aligned(bias: torch.Tensor) -> bool:
 def on_device_of(x: torch.Tensor) -> AbstractContextManager[object]:
     """Makes x's GPU the current one: Triton launches there, and SageAttention sets it for good."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def flash(
+    attention: Callable[..., Any],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float | None,
+    want_lse: bool,
+    options: dict[str, Any],
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """A flash_attn_func of any generation, whose layout is [B,N,H,D], on q, k, v [B,H,N,D].
+
+    options: how it is asked for the log-sum-exp; one that returns it unasked is fine, too.
+    """
+    head_dim = q.shape[-1]
+    scale = head_dim**-0.5 if scale is None else scale
+    q, k, v = (aligned(pad_head_dim(x)).transpose(1, 2) for x in (q, k, v))
+    with on_device_of(q):
+        result = attention(q, k, v, softmax_scale=scale, **options)
+    out = result[0] if isinstance(result, tuple) else result
+    out = trim(out, head_dim).transpose(1, 2)
+    return (out, result[1]) if want_lse else out

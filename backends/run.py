@@ -229,7 +229,10 @@ def step_of(sigma: float, sigmas: tuple[float, ...]) -> int:
     """
     last = max(len(sigmas) - 2, 0)
     tolerance = 1e-4 * max(abs(sigma), 1e-6)
-    return max((i for i, s in enumerate(sigmas[: last + 1]) if s + tolerance >= sigma), default=0)
+    for index in range(last, 0, -1):
+        if sigmas[index] + tolerance >= sigma:
+            return index
+    return 0
 
 
 def disabled_techniques() -> set[str]:

@@ -85,3 +85,8 @@ def verdict(median: float, band: tuple[float, float]) -> str:
     if band[0] <= median <= band[1]:
         return NOISE
     return FASTER if median > 1 else SLOWER
+
+
+def verdict_of(speed: Ratio, band: tuple[float, float]) -> str:
+    """The same of a whole series: quartiles on both sides of 1 are noise too."""
+    return NOISE if speed.low <= 1 <= speed.high else verdict(speed.median, band)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .judge import psnr, ssim
-from .paired import AGAIN, BASELINE, noise_band, ratio, take_turns, verdict
+from .paired import AGAIN, BASELINE, noise_band, ratio, take_turns, verdict_of
 from .perf_dump import perf_dump
 from .setup_env import PACK_ROOT
 from .subjects import Subject
@@ -85,7 +85,7 @@ def row(
     """A side's JSON: its speed, its verdict, its perf dump and its difference to plain runs."""
     speed = ratio([run.seconds for run in plain], [run.seconds for run in runs])
     found = {"name": name, "owner": variant.owner, "speed": speed.to_json()}
-    found["verdict"] = verdict(speed.median, band) if name != BASELINE else "baseline"
+    found["verdict"] = verdict_of(speed, band) if name != BASELINE else "baseline"
     found |= {"about": variant.about} if variant.about else {}
     found |= perf_dump(runs, request_id=f"{subject.name}: {name}", made=made)
     return found | difference(subject, plain, runs)

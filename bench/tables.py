@@ -29,8 +29,8 @@ def suite_page(found: Json) -> str:
     parts.append(
         "Speed is plain time over the side's time, the median of paired rounds with its quartiles. "
         "Within noise means inside the band in which plain ComfyUI differs from itself: quartiles, "
-        "or extremes below 8 rounds. PSNR and SSIM compare the pictures to plain ones of the same "
-        "seeds; 100 dB is identical."
+        "or extremes below 8 rounds; or that the quartiles lie on both sides of 1. PSNR and SSIM "
+        "compare the pictures to plain ones of the same seeds; 100 dB is identical."
     )
     parts.append(f"![Speed of every side]({suite_name(found)}.png)")
     for subject in found["subjects"]:

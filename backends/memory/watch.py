@@ -18,6 +18,7 @@ class MemoryWatch:
         self._patcher = patcher
         self._device = patcher.load_device
         self._before = host.loaded_models(patcher)
+        self._counts = counters.free_and_total(self._device) is not None  # a CPU has no counters
         self._stages: dict[str, int | None] = {"load": None, "sampling": None, "decode": None}
         if not is_first:
             self._stages["decode"] = counters.used_peak(self._device)
@@ -25,13 +26,14 @@ class MemoryWatch:
 
     def before_call(self) -> None:
         """The first model call ends the load stage."""
-        if self._stages["load"] is None:
+        if self._counts and self._stages["load"] is None:
             self._seen("load")
             counters.reset_peak(self._device)
 
     def after_call(self) -> None:
         """A model call has ended, or raised."""
-        self._seen("sampling")
+        if self._counts:
+            self._seen("sampling")
 
     def section(self) -> Section:
         """Called when sampling is over, before the models are let go."""

@@ -10,6 +10,7 @@ from slipstream.bench.paired import (
     ratio,
     take_turns,
     verdict,
+    verdict_of,
 )
 from slipstream.bench.scores import discordant_p
 
@@ -68,6 +69,20 @@ def test_no_pairs_is_a_sentence():
 def test_verdict_against_the_noise(again, median, expected):
     band = noise_band(ratio([1.0] * len(again), again))
     assert verdict(median, band) == expected
+
+
+@pytest.mark.parametrize(
+    ("side", "expected"),
+    [
+        ([0.8, 0.8, 0.9], FASTER),
+        ([1.3, 1.2, 1.2], SLOWER),
+        ([0.5, 2.0, 2.5, 0.8], NOISE),  # a median outside the band, quartiles around 1
+        ([0.98, 0.98, 0.99], NOISE),  # all on one side, inside the band
+    ],
+)
+def test_a_series_on_both_sides_of_1_is_noise(side, expected):
+    band = (0.97, 1.03)
+    assert verdict_of(ratio([1.0] * len(side), side), band) == expected
 
 
 def suite(median, spread=0.01, noise=0.02):

@@ -9,6 +9,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,12 @@ class Timings:
     def __init__(self, folder: Path | None, device_name: str, versions: Mapping[str, str]):
         self._path = folder / FILE_NAME if folder is not None else None
         self._section = " ".join([device_name, *(f"{k}={v}" for k, v in sorted(versions.items()))])
-        self._all = self._read()
-        self._mine: dict[str, dict[str, float]] = self._all.setdefault(self._section, {})
         self._changed = False
+
+    @cached_property
+    def _mine(self) -> dict[str, dict[str, float]]:
+        """Shape -> kernel -> milliseconds; read at the first question, which a CPU never asks."""
+        return self._read().get(self._section, {})
 
     def get(self, request: Request, kernel_id: str) -> float | None:
         return self._mine.get(shape_key(request), {}).get(kernel_id)

@@ -55,7 +55,10 @@ def test_ctrl_c_keeps_what_is_finished(comfy, tmp_path):
     command = [sys.executable, "bench", "suite", "--quick", "--only", "LazyCache"]
     command += ["--threads", "1", "--clock", "cpu", "--out", str(tmp_path)]
     log = (tmp_path / "log").open("w")
-    process = subprocess.Popen(command, cwd=PACK_ROOT, stdout=log, stderr=log)
+    process = subprocess.Popen(
+        command, cwd=PACK_ROOT, stdout=log, stderr=log,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored behind an "&"
+    )  # fmt: skip
     saved, end = tmp_path / "suite-quick.json", time.monotonic() + TIMEOUT_S
     while not saved.is_file() and process.poll() is None and time.monotonic() < end:
         time.sleep(0.1)

@@ -15,6 +15,7 @@ import asyncio
 import copy
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -100,13 +101,19 @@ def measure(
     server: Server, prompt: Json, devices: Sequence[str], num_rounds: int, shares: Shares | None
 ) -> list[Json]:
     """One row per side: ratio to one device, and where the time of its latest run went."""
+    import psutil  # a requirement of ComfyUI
+
     reports: dict[str, Json] = {}
+    stolen: dict[str, list[float]] = {}
     seeds = iter(range(1, 1 << 30))  # ComfyUI answers an equal prompt from its cache
 
     def side(name: str) -> Callable[[int], float]:
         def run(number: int) -> float:
             where = "" if name in (BASELINE, AGAIN) else name
+            before = psutil.cpu_times()
             seconds, outputs = seconds_per_step(server, side_prompt(prompt, where, next(seeds)))
+            if number >= 0:
+                stolen.setdefault(name, []).append(stolen_share(before, psutil.cpu_times()))
             if "json" in outputs:
                 reports[name] = json.loads(outputs["json"]["text"][0]).get("parallel", {})
             print(f"round {number + 1}: {name:24} {seconds:8.3f} s per step", flush=True)
@@ -123,10 +130,20 @@ def measure(
     for name in sides:  # workers start, models load, caches warm
         sides[name](-1)
     seconds = take_turns(sides, num_rounds)
-    return [_row(name, seconds, reports.get(name, {})) for name in devices]
+    return [_row(n, seconds, reports.get(n, {}), stolen[n][:num_rounds]) for n in devices]
 
 
-def _row(name: str, seconds: dict[str, list[float]], report: Json) -> Json:
+def stolen_share(before: Any, after: Any) -> float:
+    """Of the time in which processors had work, what the host of a virtual machine gave to others.
+
+    before, after: psutil.cpu_times(). 0 where the system does not count it.
+    """
+    stolen = getattr(after, "steal", 0.0) - getattr(before, "steal", 0.0)
+    worked = sum(after[:3]) - sum(before[:3])  # user, nice, system on Linux
+    return stolen / (worked + stolen) if stolen > 0 else 0.0
+
+
+def _row(name: str, seconds: dict[str, list[float]], report: Json, stolen: Sequence[float]) -> Json:
     band = noise_band(ratio(seconds[BASELINE], seconds[AGAIN]))
     found = ratio(seconds[BASELINE], seconds[name])
     row = {
@@ -137,6 +154,7 @@ def _row(name: str, seconds: dict[str, list[float]], report: Json) -> Json:
         "noise": [round(edge, 4) for edge in band],
         "verdict": verdict(found.median, band),
         "goal": GOALS.get(name),
+        "stolen": round(statistics.median(stolen), 4),
         "report": report,
     }
     share = _share(num_ranks_of(name))

@@ -36,13 +36,15 @@ def parallel_page(found: Json) -> str:
         "differs from itself."
     )
     header = ["devices", "layout", "speed", "quartiles", "goal", "", "ceiling", "verdict"]
-    header += ["exchange", "broadcast"]
+    header += ["exchange", "broadcast", "stolen"]
     parts.append(table(header, [_cells(row) for row in found["rows"]]))
     low, high = found["rows"][0]["noise"]
     rounds = f"{found['rows'][0]['speed']['num_pairs']} rounds; noise {low:.2f} to {high:.2f}. "
     parts.append(
         f"{rounds}Exchange counts waiting for slower ranks; exchange and broadcast are shares of "
-        "a shared call on rank 0."
+        "a shared call on rank 0. Stolen: of the time in which the processors had work, what a "
+        "virtual machine's host gave to others meanwhile; a rank that waits for its processor lets "
+        "all others wait."
     )
     if any("ceiling" in row for row in found["rows"]):
         parts.append(
@@ -71,6 +73,7 @@ def _cells(row: Json) -> list[str]:
         row["verdict"],
         f"{shares['exchange']:.1%}",
         f"{shares['broadcast']:.1%}",
+        f"{row['stolen']:.0%}",
     ]
 
 

@@ -1,6 +1,7 @@
 """Sequence parallel's benchmark: its page, its goals, and what the ceiling's shares compute."""
 
 import argparse
+from collections import namedtuple
 from dataclasses import replace
 
 import pytest
@@ -21,6 +22,7 @@ def row(speed, ceiling, goal=1.7):
     found = {
         "devices": "cpu,cpu", "speed": {"median": speed, "low": 1.5, "high": 1.9, "num_pairs": 5},
         "goal": goal, "verdict": "faster", "noise": [0.95, 1.05], "report": report,
+        "stolen": 0.07,
     }  # fmt: skip
     return found | ({"ceiling": {"median": ceiling}} if ceiling else {})
 
@@ -44,10 +46,18 @@ def test_the_page_shows_losses_shares_and_the_ceiling():
         "rows": [row(1.69, 1.82)],
     }  # fmt: skip
     text = parallel_page.parallel_page(found)
-    for words in ("| missed |", "| 1.82x |", "| 6.0% |", "| 1.0% |", "**unverified**"):
+    for words in ("| missed |", "| 1.82x |", "| 6.0% |", "| 1.0% |", "| 7% |", "**unverified**"):
         assert words in text
     found["rows"] = [row(1.9, None, goal=None)]
     assert "Ceiling" not in parallel_page.parallel_page(found)
+
+
+def test_time_that_the_host_of_a_virtual_machine_took():
+    kind = namedtuple("times", "user nice system idle iowait irq softirq steal")
+    before, after = kind(10, 0, 2, 50, 0, 0, 0, 1), kind(16, 1, 4, 99, 9, 9, 9, 2)
+    assert parallel.stolen_share(before, after) == pytest.approx(0.1)
+    without = namedtuple("times", "user system idle")
+    assert parallel.stolen_share(without(1, 1, 1), without(2, 2, 2)) == 0
 
 
 def test_the_default_subject_has_the_tokens_that_the_goal_asks_for():

@@ -8,7 +8,10 @@ inside the noise is reported as such. Ratios are baseline time over side time: a
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
+
+from .frame_room import with_room
 
 BASELINE, AGAIN = "plain", "plain again"
 _FEW_PAIRS = 8
@@ -47,7 +50,7 @@ def take_turns(
             names = list(sides) if number % 2 == 0 else list(sides)[::-1]
             found = {}
             for name in names:
-                found[name] = sides[name](number)
+                found[name] = with_room(partial(sides[name], number))
                 on_run()
             for name, value in found.items():
                 seconds[name].append(value)

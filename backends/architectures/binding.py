@@ -4,7 +4,9 @@ A Binding is made once per block from its class's forward, so that instance over
 torch.compile's replacement do not change what it sees.
 """
 
+import functools
 import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,15 +25,18 @@ class Binding:
 
     def __init__(self, block: torch.nn.Module, carry: Carry):
         self.carry = carry
-        self.positions = positions(block, carry)
+        self.positions = positions(type(block).forward, carry)
+        self._args = tuple((name, self.positions[name]) for name in carry.args)
+        # where the streams are in what the block returns, and the other way round
+        self._returned = tuple(carry.returns.index(name) for name in carry.streams)
+        self._returns: tuple[int, ...] | None = None
+        if set(carry.returns) == set(carry.streams):
+            self._returns = tuple(carry.streams.index(name) for name in carry.returns)
 
     def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """The streams of a call, in the order of `carry.streams`."""
-        found = tuple(
-            kwargs[name] if name in kwargs else args[self.positions[name]]
-            for name in self.carry.args
-        )
-        return tuple(found[0]) if self.carry.packed else found
+        found = [kwargs[name] if name in kwargs else args[at] for name, at in self._args]
+        return tuple(found[0] if self.carry.packed else found)
 
     def write(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], streams: tuple[Any, ...]
@@ -48,20 +53,23 @@ class Binding:
 
     def outputs(self, result: Any) -> tuple[Any, ...]:
         """The streams in what the block returned, in the order of `carry.streams`."""
-        returned = (result,) if len(self.carry.returns) == 1 else tuple(result)
-        return tuple(returned[self.carry.returns.index(name)] for name in self.carry.streams)
+        if len(self.carry.returns) == 1:
+            return (result,)
+        return tuple([result[at] for at in self._returned])
 
     def result(self, streams: tuple[Any, ...]) -> Any:
         """What the block returns for these streams. Needs a block without further outputs."""
-        if set(self.carry.returns) != set(self.carry.streams):
+        if self._returns is None:
             raise ValueError(f"this block also returns {', '.join(self.carry.returns)}")
-        ordered = tuple(streams[self.carry.streams.index(name)] for name in self.carry.returns)
-        return ordered if len(ordered) > 1 else ordered[0]
+        if len(self._returns) == 1:
+            return streams[0]
+        return tuple([streams[at] for at in self._returns])
 
 
-def positions(block: torch.nn.Module, carry: Carry) -> dict[str, int]:
-    """Position of each carry argument in the block's forward, without self."""
-    parameters = list(inspect.signature(type(block).forward).parameters.values())[1:]
+@functools.cache  # every run asks again for the same few classes, and inspect is slow
+def positions(forward: Callable[..., Any], carry: Carry) -> Mapping[str, int]:
+    """Position of each carry argument in a block class's forward, without self."""
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
     names = [p.name for p in parameters if p.kind in POSITIONAL]
     if not names and any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return {name: index for index, name in enumerate(carry.args)}

@@ -84,7 +84,7 @@ def _signature_drift(stack: Stack, blocks: list[torch.nn.Module]) -> Iterator[st
     for block in blocks:
         for module in called_modules(block, stack):
             try:
-                positions(module, stack.carry)
+                positions(type(module).forward, stack.carry)
             except ValueError as error:
                 yield str(error)
                 return

@@ -9,6 +9,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import os
+import sys
 from collections.abc import Hashable
 from typing import Any
 
@@ -50,6 +51,9 @@ def _version_numbers(version: str) -> tuple[int, ...]:
 
 def _import_cache_dit() -> Any:
     """The package; its import (4 to 8 s) sets environment variables, which are put back."""
+    loaded = sys.modules.get("cache_dit.caching")
+    if loaded is not None:
+        return loaded
     before = dict(os.environ)
     try:
         import cache_dit.caching
@@ -84,21 +88,20 @@ class CacheDitEngine:
         context = self._contexts.get(key)
         if context is None:
             context = self._contexts[key] = self._new_context(key)
-        self._manager.set_context(context)
         context.evaluation = evaluation
-        self._manager.mark_step_begin()
+        context.mark_step_begin()
 
     def ask(self, key: Hashable, metric: torch.Tensor | None) -> Answer:
         context = self._contexts[key]
         if metric is None:
             return Answer(False, None, "no metric")
-        self._manager.set_context(context)
         limit = limit_reached(
             self._config,
             num_cached=len(context.get_cached_steps()),
             streak=context.continuous_cached_steps,
             accumulated=context.get_accumulated_residual_diff(),
         )
+        self._activate(context)
         reuse = self._manager.can_cache(metric, parallelized=False, prefix=_FRONT)
         diff = context.get_residual_diffs().get(str(context.evaluation))
         if diff is not None and diff >= 0:
@@ -107,17 +110,16 @@ class CacheDitEngine:
 
     def settle(self, key: Hashable, reuse: bool) -> None:
         if reuse:
-            self._manager.set_context(self._contexts[key])
-            self._manager.add_cached_step()
+            self._contexts[key].add_cached_step()
 
     def observe(self, key: Hashable, reuse: bool, metric: torch.Tensor) -> None:
         if not reuse:
-            self._manager.set_context(self._contexts[key])
+            self._activate(self._contexts[key])
             self._manager.set_Fn_buffer(metric, prefix=_FRONT)
 
     def store(self, key: Hashable, residual: Streams) -> None:
         context = self._contexts[key]
-        self._manager.set_context(context)
+        self._activate(context)
         self._num_streams[key] = len(residual)
         self._manager.set_Bn_buffer(residual[0], prefix=_RESIDUAL)
         if len(residual) > 1:
@@ -129,7 +131,7 @@ class CacheDitEngine:
             self._manager.set_buffer(f"slipstream_{index}", stream)
 
     def predict(self, key: Hashable, extrapolate: bool) -> Streams:
-        self._manager.set_context(self._contexts[key])
+        self._activate(self._contexts[key])
         count = self._num_streams[key]
         if not extrapolate:
             return tuple(self._manager.get_buffer(f"slipstream_{i}") for i in range(count))
@@ -161,6 +163,11 @@ class CacheDitEngine:
             self.drop(key)
         self._manager.clear_contexts()
         self._manager._current_context = None  # it would keep the last context's tensors alive
+
+    def _activate(self, context: Any) -> None:
+        """The manager's methods work on its current context; setting one costs 10 us a call."""
+        if self._manager.current_context is not context:
+            self._manager.set_context(context)
 
     def _new_context(self, key: Hashable) -> Any:
         config, caching = self._config, self._caching

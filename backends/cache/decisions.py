@@ -80,7 +80,7 @@ class Decisions:
         self._leader: bool | None = None
         self._leader_key: BranchKey | None = None
         self.is_monotone = True  # sigma has fallen at every evaluation
-        self.peak_bytes = 0
+        self._most_bytes = 0
 
     def begin(self, call: ModelCall, signature: Signature) -> Decision | None:
         """The decision for a call that starts, or None if only its metric can tell.
@@ -128,7 +128,6 @@ class Decisions:
         with self._lock:
             self.engine.store(call.key, residual)
             self._held[call.key] = _Held(signature, call.evaluation)
-            self.peak_bytes = max(self.peak_bytes, self.engine.nbytes())
 
     def predict(self, call: ModelCall) -> Streams:
         """The residual for a reused call."""
@@ -138,9 +137,18 @@ class Decisions:
             extrapolate = self.is_monotone and not (static and gap > _MAX_STATIC_GAP)
             return self.engine.predict(call.key, extrapolate)
 
+    @property
+    def peak_bytes(self) -> int:
+        """The most that the engine has held."""
+        with self._lock:
+            # It never holds less than before but after a drop or close: they look first.
+            self._most_bytes = max(self._most_bytes, self.engine.nbytes())
+            return self._most_bytes
+
     def close(self) -> None:
         """Drop every tensor."""
         with self._lock:
+            _ = self.peak_bytes
             self.engine.close()
             self._held.clear()
             self._seen.clear()
@@ -172,6 +180,8 @@ class Decisions:
             self._drop(key)
 
     def _drop(self, key: Hashable) -> None:
+        if key in self._held:
+            _ = self.peak_bytes
         self.engine.drop(key)
         self._held.pop(key, None)
         self._seen.pop(key, None)

@@ -72,6 +72,14 @@ class BranchKey:
     uuids: tuple[Any, ...]
     occurrence: int
     window: tuple[int, ...] | None
+    _hash: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        found = hash((self.uuids, self.occurrence, self.window))  # UUIDs hash in Python
+        object.__setattr__(self, "_hash", found)
+
+    def __hash__(self) -> int:
+        return self._hash
 
 
 @dataclass
@@ -130,7 +138,7 @@ class Run:
         self.memory: MemoryWatch | None = None  # of every run, whatever is attached
         self.disabled = tuple(n for n in techniques if n in disabled_techniques())
         self._techniques = {n: t for n, t in techniques.items() if n not in self.disabled}
-        self._occurrences: dict[tuple[Any, ...], int] = {}
+        self._occurrences: dict[BranchKey, int] = {}  # of occurrence 0
         self._lock = threading.Lock()  # core's MultiGPU CFG split calls the model from threads
         self._started = time.perf_counter()
         self._sampling: float | None = None  # when the first evaluation began
@@ -172,17 +180,18 @@ class Run:
     def begin_call(self, options: dict[str, Any]) -> ModelCall:
         """A ModelCall for one APPLY_MODEL with these transformer_options."""
         uuids = tuple(options.get("uuids") or ())
-        window = getattr(options.get("context_window"), "index_list", None)
+        window = _frames(getattr(options.get("context_window"), "index_list", None))
+        served = BranchKey(uuids, 0, window)
         with self._lock:
-            occurrence = self._occurrences.get((uuids, _frames(window)), 0)
-            self._occurrences[(uuids, _frames(window))] = occurrence + 1
+            occurrence = self._occurrences.get(served, 0)
+            self._occurrences[served] = occurrence + 1
             index = self.num_calls
             self.num_calls += 1
         return ModelCall(
             index=index,
             step=self.step,
             evaluation=self.evaluation,
-            key=BranchKey(uuids, occurrence, _frames(window)),
+            key=BranchKey(uuids, occurrence, window) if occurrence else served,
             cond_or_uncond=tuple(options.get("cond_or_uncond") or ()),
         )
 

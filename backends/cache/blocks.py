@@ -1,6 +1,7 @@
 """The block cache of one run: decisions, engine and stack override put together, call by call."""
 
 from collections.abc import Hashable
+from operator import is_
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ class BlockCache(Deciding):
         super().__init__(decisions)
         self._run, self._architecture = run, architecture
         self._front, self._back, self._probe = front, back, probe
-        self._stacks: dict[int, tuple[StackBlock, ...]] = {}
+        self._stacks: dict[int, tuple[list[torch.nn.Module], tuple[StackBlock, ...]]] = {}
         self._layouts: dict[Hashable, tuple[int, tuple[bool, ...]]] = {}  # key -> add_at, present
         notes = architecture.notes
         self._between = NOTHING
@@ -108,11 +109,12 @@ class BlockCache(Deciding):
 
     def _stack(self, network: torch.nn.Module) -> tuple[StackBlock, ...]:
         """The logical stack; looked up again when a block was exchanged (torch.compile does it)."""
-        known = self._stacks.get(id(network), ())
+        modules, blocks = self._stacks.get(id(network), ([], ()))
         now = [b for s in self._architecture.stacks for b in stack_blocks(network, s)]
-        if [id(block.module) for block in known] != [id(block) for block in now]:
-            known = self._stacks[id(network)] = logical_stack(network, self._architecture)
-        return known
+        if len(now) != len(modules) or not all(map(is_, now, modules)):
+            blocks = logical_stack(network, self._architecture)
+            self._stacks[id(network)] = now, blocks
+        return blocks
 
 
 class _OneCall:

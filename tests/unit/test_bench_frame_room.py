@@ -4,7 +4,6 @@ import sys
 from collections.abc import Callable
 
 import pytest
-
 from slipstream.bench.frame_room import with_room
 
 resource = pytest.importorskip("resource")

@@ -9,11 +9,13 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .cache_models import FAMILIES
 from .cache_peers import SIDES, failure
+from .frame_room import with_room
 from .paired import AGAIN, BASELINE, noise_band, ratio
 from .subjects import Subject
 from .suite_measure import row
@@ -91,7 +93,7 @@ def _after_plain(
     def series(side: str, model: Any) -> None:
         subject.run(model, 0)
         for number in range(num_rounds):
-            runs[side].append(subject.run(model, number))
+            runs[side].append(with_room(partial(subject.run, model, number)))
             bar.update()
 
     for side in (BASELINE, AGAIN):

@@ -63,12 +63,14 @@ def draw_curves(curves: Sequence[dict[str, Any]], title: str) -> Any:
 
     _draw_axes(pen, (left, right), low, at)
     for index, (name, line) in enumerate(series.items()):
-        colour = canvas.PALETTE[index % len(canvas.PALETTE)]
+        round_, place = divmod(index, len(canvas.PALETTE))
+        colour = canvas.PALETTE[place]
+        mark = pen.rectangle if round_ else pen.ellipse  # a colour's second series has squares
         places = [at(*point) for point in line]
         pen.line(places, fill=colour, width=4)
         y_name = _BOTTOM + 84 + 36 * index
         for x, y in (*places, (canvas.MARGIN + 12, y_name)):
-            pen.ellipse((x - 9, y - 9, x + 9, y + 9), fill=colour)
+            mark((x - 9, y - 9, x + 9, y + 9), fill=colour)
         canvas.write(pen, canvas.MARGIN + 36, y_name, name, canvas.SMALL, canvas.TEXT, "lm")
     return image
 

@@ -17,7 +17,8 @@ import torch
 from ..backends.attention.apply import apply_attention
 from ..backends.attention.config import AttentionConfig
 from ..backends.attention.override import BOUND
-from ..backends.run import BranchKey, ModelCall, Run, attached
+from ..backends.calls import BranchKey, ModelCall
+from ..backends.run import Run, attached
 from .reference import ReferenceDiT, ReferenceModel, ReferencePatcher
 from .reference_sampler import sample
 

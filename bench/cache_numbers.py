@@ -23,7 +23,8 @@ from ..backends.cache.config import CacheConfig
 from ..backends.cache.decisions import Decisions
 from ..backends.cache.engine import Engine
 from ..backends.cache.schedule import Schedule
-from ..backends.run import BranchKey, ModelCall, run_log
+from ..backends.calls import BranchKey, ModelCall
+from ..backends.run import run_log
 from . import cache_models
 from .cache_pages import numbers_page
 from .environment import environment

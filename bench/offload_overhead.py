@@ -18,12 +18,13 @@ import torch
 
 from ..backends.cache.apply import apply_cache
 from ..backends.cache.config import CacheConfig
+from ..backends.calls import RUN
 from ..backends.offload.apply import apply_offload, hook_blocks
 from ..backends.offload.blocks import Unit
 from ..backends.offload.config import OffloadConfig
 from ..backends.offload.driver import BlockDriver
 from ..backends.offload.timing import BlockTimes, DeviceClock
-from ..backends.run import RUN, Run, apply_model, attached
+from ..backends.run import Run, apply_model, attached
 from .attention_overhead import per_call_us
 from .offload_pages import LINES
 from .paired import take_turns

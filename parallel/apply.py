@@ -12,7 +12,8 @@ import torch
 from ..backends import host, worker_host
 from ..backends.architectures import find
 from ..backends.architectures.tokens import TokenPlan
-from ..backends.run import Run, attach, attached, call_options, current
+from ..backends.calls import call_options
+from ..backends.run import Run, attach, attached, current
 from .config import ParallelError, SequenceParallelConfig, choose_devices
 from .crew import Setting
 from .messages import Load

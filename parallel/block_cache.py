@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..backends.run import ModelCall
+from ..backends.calls import ModelCall
 from .mesh import Mesh
 
 

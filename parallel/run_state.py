@@ -15,8 +15,9 @@ import torch
 
 from ..backends.architectures.tokens import TokenPlan
 from ..backends.attention.override import Override
+from ..backends.calls import CALL, ModelCall
 from ..backends.report import Section
-from ..backends.run import CALL, ModelCall, Run
+from ..backends.run import Run
 from . import block_cache
 from .attention import SharedAttention
 from .bind import Bound, bind

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from ..backends.run import CALL, RUN, WRAPPER_ORDER, BranchKey, ModelCall, Run
+from ..backends.calls import CALL, RUN, BranchKey, ModelCall
+from ..backends.run import WRAPPER_ORDER, Run
 from .network_call import NetworkCall
 
 NAME = "parallel"

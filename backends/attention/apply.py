@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..run import CALL, Run, attach, call_options, current, with_options
+from ..calls import CALL, call_options, with_options
+from ..run import Run, attach, current
 from . import op
 from .config import AttentionConfig, AttentionError
 from .dispatch import Attention, AttentionRun

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from .. import architectures, host
+from ..calls import ModelCall
 from ..report import Section
-from ..run import ModelCall, Run
+from ..run import Run
 from .config import AttentionConfig, AttentionError
 from .kernels.base import APPROXIMATE, Kernel
 from .layout import Views, read_call, request_of, write_output

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from ..run import attach, call_options, current
+from ..calls import call_options
+from ..run import attach, current
 from .config import CacheConfig
 from .decisions import Decider
 from .technique import NAME, CacheState, CacheTechnique

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from ..architectures import Architecture, stack_blocks
-from ..run import CALL, ModelCall, Run
+from ..calls import CALL, ModelCall
+from ..run import Run
 from .borders import BorderCheck
 from .decisions import Decision, Decisions, Event, branch_name
 from .mechanism import Deciding

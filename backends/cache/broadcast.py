@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from ..attention.request import BlockKey
-from ..run import CALL, BranchKey, ModelCall, Run, with_options
+from ..calls import CALL, BranchKey, ModelCall, with_options
+from ..run import Run
 from .config import CacheConfig
 from .decisions import Decision, Decisions, Event, branch_name
 from .schedule import ASK, Schedule

@@ -6,7 +6,8 @@ FasterCache weighs the difference's low and high frequencies over time; this kee
 
 from typing import Any
 
-from ..run import BranchKey, ModelCall, Run
+from ..calls import BranchKey, ModelCall
+from ..run import Run
 from .decisions import Decisions, Event
 from .mechanism import Deciding
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from ..run import BranchKey, ModelCall, Run
+from ..calls import BranchKey, ModelCall
+from ..run import Run
 from .engine import Engine, Streams
 from .schedule import COMPUTE, REUSE, Schedule
 

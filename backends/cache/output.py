@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..run import CALL, ModelCall
+from ..calls import CALL, ModelCall
 from .builtin import BuiltinEngine
 from .config import CacheConfig
 from .decisions import Event, branch_name

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..architectures import Architecture, called_modules, stack_blocks
-from ..run import CALL, ModelCall
+from ..calls import CALL, ModelCall
 from .blocks import adds_between, signature_of
 from .decisions import Decisions, Event, branch_name
 from .mechanism import Deciding

@@ -5,9 +5,10 @@ from typing import Any
 
 from .. import host as comfy
 from ..architectures import find
+from ..calls import CALL, call_options
 from ..memory import host as memory
 from ..memory.section import gib
-from ..run import CALL, Run, attach, call_options, current
+from ..run import Run, attach, current
 from . import host
 from .blocks import units_of
 from .budget import (

@@ -23,7 +23,8 @@ from .stream import Streamer
 from .tuner import JUDGED_STEP, PLANNED_STEP, Memo, Setting, Tuner
 
 if TYPE_CHECKING:
-    from ..run import ModelCall, Run
+    from ..calls import ModelCall
+    from ..run import Run
 
 LORA_ROUNDS = (
     "LoRA on 16- or 8-bit weights: ComfyUI rounds resident and streamed ones differently, so the "

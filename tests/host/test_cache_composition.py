@@ -6,8 +6,8 @@ import tiny
 import torch
 from cache_runs import cached, equal, is_clean, network, notes, relerr, section
 from slipstream.backends.cache import CacheConfig, apply_cache, blocks
+from slipstream.backends.calls import CALL
 from slipstream.backends.conflicts import ConflictError
-from slipstream.backends.run import CALL
 
 pytestmark = pytest.mark.usefixtures("comfy")
 

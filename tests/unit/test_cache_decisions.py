@@ -8,7 +8,7 @@ from slipstream.backends.cache.builtin import BuiltinEngine
 from slipstream.backends.cache.config import CacheConfig
 from slipstream.backends.cache.decisions import Decisions, branch_name
 from slipstream.backends.cache.schedule import Schedule
-from slipstream.backends.run import BranchKey, ModelCall
+from slipstream.backends.calls import BranchKey, ModelCall
 
 SHAPE = ((1, 4, 8), torch.float32)
 NUM_STEPS = 12

@@ -21,7 +21,8 @@ import pytest
 import torch
 from fake_patcher import FakePatcher
 from patience import patience
-from slipstream.backends.run import CALL, BranchKey, ModelCall, Run
+from slipstream.backends.calls import CALL, BranchKey, ModelCall
+from slipstream.backends.run import Run
 from slipstream.parallel import run_state
 from slipstream.parallel.channel import Channel
 from slipstream.parallel.config import SequenceParallelConfig

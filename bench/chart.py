@@ -21,6 +21,7 @@ def _draw_subject(subject: dict[str, Any]) -> Any:
     image, pen = canvas.sheet(_TOP + _ROW * len(sides) + 56)
     canvas.write(pen, canvas.MARGIN, 36, subject["name"], canvas.HEADING)
     canvas.write(pen, canvas.MARGIN, 76, subject["about"], canvas.TINY, canvas.MUTED)
+    _draw_owners(pen, {side["owner"] for side in sides})
     most = max(max(side["speed"]["high"] for side in sides) * 1.05, 1.2)
 
     def x(value: float) -> float:
@@ -33,6 +34,16 @@ def _draw_subject(subject: dict[str, Any]) -> Any:
     for index, side in enumerate(sides):
         _draw_side(pen, side, _TOP + _ROW * index, x)
     return image
+
+
+def _draw_owners(pen: Any, owners: set[str]) -> None:
+    """Whose a bar is, at the top right."""
+    right = canvas.WIDTH - canvas.MARGIN
+    for name in reversed([name for name in _COLOURS if name in owners]):
+        canvas.write(pen, right, 28, name, canvas.TINY, canvas.MUTED, "rm")
+        right -= canvas.width_of(name, canvas.TINY) + 12
+        pen.rectangle((right - 18, 19, right, 37), fill=_COLOURS[name])
+        right -= 46
 
 
 def _draw_side(pen: Any, side: dict[str, Any], top: int, x: Any) -> None:

@@ -177,13 +177,7 @@ def pytest_tier(
     if not any(any((TESTS / folder).glob("test_*.py")) for folder in folders):
         raise NotHere("it has no tests yet")
     env = with_tools(python, ("pytest",))
-    options, paths = [], []
-    for argument in rest:
-        file, *names = argument.split("::")
-        if Path(file).exists() and not argument.startswith("-"):
-            paths.append("::".join([str(Path(file).absolute()), *names]))
-        else:
-            options.append(argument)
+    options, paths = split_paths(rest)
     with tempfile.TemporaryDirectory() as folder:
         xml = Path(folder) / "result.xml"
         command = [python, "-m", "pytest", "-rfEs", "--continue-on-collection-errors"]
@@ -191,6 +185,19 @@ def pytest_tier(
         # From tests/, so that the folder that `-m` puts on sys.path is not the pack root.
         code, seconds = run_limited([*command, *(paths or folders)], TESTS, env)
         return outcome_of(tier, code, seconds, xml)
+
+
+def split_paths(rest: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(options, paths): what exists in tests/ is a path; `parallel` in `-k parallel` is none."""
+    options, paths = [], []
+    for argument in rest:
+        file, *names = argument.split("::")
+        path = Path(file).absolute()
+        if path.is_relative_to(TESTS) and path.exists():
+            paths.append("::".join([str(path), *names]))
+        else:
+            options.append(argument)
+    return options, paths
 
 
 def outcome_of(tier: str, code: int | None, seconds: float, xml: Path) -> Outcome:

@@ -121,6 +121,15 @@ def test_standalone_mode_runs_the_engine():
     assert sum(report["attention"]["calls"].values()) == 2 * 16
 
 
+def test_only_what_is_in_tests_is_a_path(monkeypatch):
+    monkeypatch.chdir(tiers.TESTS.parent)  # which has a folder `parallel`
+    rest = ["-k", "parallel", "tests/unit/test_launch.py::test_x", "tests/unit", "-x"]
+    options, paths = tiers.split_paths(rest)
+    assert options == ["-k", "parallel", "-x"]
+    unit = tiers.TESTS / "unit"
+    assert paths == [f"{unit / 'test_launch.py'}::test_x", str(unit)]
+
+
 def test_tiers_are_split_from_pytest_arguments():
     assert tiers.split([]) == ([], [])
     assert tiers.split(["unit", "host", "-k", "unit"]) == (["unit", "host"], ["-k", "unit"])

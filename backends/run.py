@@ -15,12 +15,14 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from . import conflicts, host
 from .calls import CALL, RUN, BranchKey, ModelCall, call_options, with_options
+from .frame_room import with_room
 from .memory.watch import MemoryWatch
 from .report import RunRecord, Section, fingerprint
 
@@ -246,7 +248,7 @@ def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     samples = None
     try:
         run.start()
-        samples = executor(*args, **kwargs)
+        samples = with_room(partial(executor, *args, **kwargs))
         return samples
     finally:
         options.pop(RUN, None)

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-from .frame_room import with_room
+from ..backends.frame_room import with_room
 
 BASELINE, AGAIN = "plain", "plain again"
 _FEW_PAIRS = 8

@@ -13,9 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..backends.frame_room import with_room
 from .cache_models import FAMILIES
 from .cache_peers import SIDES, failure
-from .frame_room import with_room
 from .paired import AGAIN, BASELINE, noise_band, ratio
 from .subjects import Subject
 from .suite_measure import row

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ..backends import host, worker_host
+from ..backends.frame_room import with_room
 from ..backends.run import attached
 from .channel import Channel
 from .messages import Done, Hello, Load, Patches, Start
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str]) -> None:
     given["cpu"] = device.type == "cpu"
     worker_host.become_comfyui(start.comfyui, given)
     channel.send(Done())
-    Server(channel, LoadedModels(), device, start.idle_s).serve()
+    with_room(Server(channel, LoadedModels(), device, start.idle_s).serve)
     sys.stdout.flush()
     os._exit(0)  # the thread that waits for stdin would hold the process
 

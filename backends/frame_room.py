@@ -1,9 +1,9 @@
-"""Room for Python's call frames, so that no side of a timing runs at an unlucky call depth.
+"""Room for Python's call frames, so that no run lies at an unlucky call depth.
 
 CPython 3.11 and later keep frames in chunks of 16 KB, map one when a call crosses a chunk's end
-and unmap it when that call returns (pystate.c, push_chunk). A loop over blocks that lies on such a
-border takes page faults at every block: on the trained demo model up to a third more per step, for
-whichever side's call depth happens to hit it.
+and unmap it when that call returns (pystate.c, push_chunk). A loop over blocks that lies on such an
+end takes page faults at every block, and wrappers like ours are what moves it there. Which call
+depth is unlucky is chance, so benchmarks give plain runs the same room.
 """
 
 import types

@@ -1,7 +1,7 @@
 """One model call within a run, and the arguments of ComfyUI's hooks that tell which it is."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 RUN = "slipstream.run"  # transformer_options key while sampling; also our wrappers' key
@@ -19,14 +19,6 @@ class BranchKey:
     uuids: tuple[Any, ...]
     occurrence: int
     window: tuple[int, ...] | None
-    _hash: int = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        found = hash((self.uuids, self.occurrence, self.window))  # UUIDs hash in Python
-        object.__setattr__(self, "_hash", found)
-
-    def __hash__(self) -> int:
-        return self._hash
 
 
 @dataclass

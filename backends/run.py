@@ -94,7 +94,7 @@ class Run:
         self.memory: MemoryWatch | None = None  # of every run, whatever is attached
         self.disabled = tuple(n for n in techniques if n in disabled_techniques())
         self._techniques = {n: t for n, t in techniques.items() if n not in self.disabled}
-        self._occurrences: dict[BranchKey, int] = {}  # of occurrence 0
+        self._occurrences: dict[tuple[Any, ...], int] = {}  # (uuids, window) -> calls
         self._lock = threading.Lock()  # core's MultiGPU CFG split calls the model from threads
         self._started = time.perf_counter()
         self._sampling: float | None = None  # when the first evaluation began
@@ -137,17 +137,16 @@ class Run:
         """A ModelCall for one APPLY_MODEL with these transformer_options."""
         uuids = tuple(options.get("uuids") or ())
         window = _frames(getattr(options.get("context_window"), "index_list", None))
-        served = BranchKey(uuids, 0, window)
         with self._lock:
-            occurrence = self._occurrences.get(served, 0)
-            self._occurrences[served] = occurrence + 1
+            occurrence = self._occurrences.get((uuids, window), 0)
+            self._occurrences[uuids, window] = occurrence + 1
             index = self.num_calls
             self.num_calls += 1
         return ModelCall(
             index=index,
             step=self.step,
             evaluation=self.evaluation,
-            key=BranchKey(uuids, occurrence, window) if occurrence else served,
+            key=BranchKey(uuids, occurrence, window),
             cond_or_uncond=tuple(options.get("cond_or_uncond") or ()),
         )
 

@@ -23,7 +23,7 @@ class AttentionConfig:
     only exact kernels run (blocks are counted over all stacks, in the order they run);
     min_tokens: shorter calls stay exact; probe: check accuracy against fp32 on the model's own
     q, k, v; autotune: time the candidates; max_rel_l1, min_cos: what the probe lets pass
-    (docs/benchmarks/quality.md, "Attention": pictures of the demo model keep 40 dB there).
+    (docs/benchmarks/quality.md, "Attention", has pictures of the demo model at such errors).
     Raises AttentionError with a sentence.
     """
 

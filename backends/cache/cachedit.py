@@ -165,7 +165,7 @@ class CacheDitEngine:
         self._manager._current_context = None  # it would keep the last context's tensors alive
 
     def _activate(self, context: Any) -> None:
-        """The manager's methods work on its current context; setting one costs 10 us a call."""
+        """The manager's methods work on its current context, and setting one is not free."""
         if self._manager.current_context is not context:
             self._manager.set_context(context)
 

@@ -142,14 +142,17 @@ class Decisions:
     def peak_bytes(self) -> int:
         """The most that the engine has held."""
         with self._lock:
-            # It never holds less than before but after a drop or close: they look first.
-            self._most_bytes = max(self._most_bytes, self.engine.nbytes())
+            self._look()
             return self._most_bytes
+
+    def _look(self) -> None:
+        """What the engine holds only shrinks by a drop or close, so these look first."""
+        self._most_bytes = max(self._most_bytes, self.engine.nbytes())
 
     def close(self) -> None:
         """Drop every tensor."""
         with self._lock:
-            _ = self.peak_bytes
+            self._look()
             self.engine.close()
             self._held.clear()
             self._seen.clear()
@@ -182,7 +185,7 @@ class Decisions:
 
     def _drop(self, key: Hashable) -> None:
         if key in self._held:
-            _ = self.peak_bytes
+            self._look()
         self.engine.drop(key)
         self._held.pop(key, None)
         self._seen.pop(key, None)

@@ -130,6 +130,17 @@ def test_keys_of_a_moving_window_are_forgotten():
     assert max(held) == held[-1] == 4 * held[0]
 
 
+def test_peak_bytes_count_what_was_dropped_since():
+    decisions = make(shared=False)
+    for window in (None, (0, 1), (1, 2)):
+        do(decisions, call_of(0, window=window))
+    held = decisions.engine.nbytes()
+    for step in range(1, 6):
+        do(decisions, call_of(step))
+    assert decisions.engine.nbytes() < held
+    assert decisions.peak_bytes == held
+
+
 def test_a_branch_that_paused_for_two_evaluations_is_still_known():
     decisions = make(shared=False)
     for step in range(4):
@@ -228,9 +239,10 @@ def test_close_drops_everything():
     decisions = make()
     for step in range(4):
         do(decisions, call_of(step))
-    assert decisions.peak_bytes > 0
+    held = decisions.engine.nbytes()
     decisions.close()
     assert decisions.engine.nbytes() == 0
+    assert decisions.peak_bytes == held > 0  # nobody had asked before
     assert not decisions._held
 
 

@@ -3,14 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
-from .tables import _preface, table
+from .tables import preface, table
 
 Json = dict[str, Any]
 
 
 def numbers_page(found: Json) -> str:
     """docs/benchmarks/cache.md"""
-    parts = ["# Cache: cost of a decision, blocks that still run", *_preface(found)]
+    parts = ["# Cache: cost of a decision, blocks that still run", *preface(found)]
     parts.append(
         "A decision is one evaluation of one branch: is there something to reuse, has the front "
         "changed little enough, what is added. Without the model."
@@ -46,7 +46,7 @@ def numbers_page(found: Json) -> str:
 
 def peers_page(found: Json) -> str:
     """docs/benchmarks/cache-peers.md"""
-    parts = ["# The cache beside others", *_preface(found)]
+    parts = ["# The cache beside others", *preface(found)]
     parts.append(
         "Each side in a process of its own, on tiny Flux and Wan with random weights, 20 steps, "
         "euler, cfg 4, fp32, with the pack's own defaults. The error is mean|plain - cached| / "

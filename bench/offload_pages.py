@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from .tables import _preface, table
+from .tables import preface, table
 
 Json = dict[str, Any]
 
@@ -23,7 +23,7 @@ LINES = {
 
 def offload_page(found: Json) -> str:
     """docs/benchmarks/offload.md"""
-    parts = ["# A VRAM budget on a GPU", *_preface(found)]
+    parts = ["# A VRAM budget on a GPU", *preface(found)]
     parts.append(
         "Random weights of full width, ComfyUI's own loader and sampler; seconds are medians of "
         "the steps behind the warm-up. Streamed means that no weight stays on the device. "
@@ -92,7 +92,7 @@ def _yes(value: bool) -> str:
 
 def overhead_page(found: Json) -> str:
     """docs/benchmarks/offload-overhead.md"""
-    parts = ["# What a VRAM budget costs where nothing is offloaded", *_preface(found)]
+    parts = ["# What a VRAM budget costs where nothing is offloaded", *preface(found)]
     parts.append(
         "Microseconds around a model that does nothing and whose weights all fit: medians of "
         "paired differences, with quartiles. A step of a model that people use takes tens of "

@@ -39,6 +39,7 @@ NODE = "SlipstreamSequenceParallel"
 CPU_SIDES = ("cpu,cpu", "cpu,cpu,cpu,cpu")
 GOALS = {"cpu,cpu": 1.7, "cpu,cpu,cpu,cpu": 2.8}
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+NUM_ROUNDS, NUM_STEPS = 5, 3
 
 Json = dict[str, Any]
 
@@ -181,8 +182,8 @@ def main() -> int:
     parser.add_argument("--prompt", type=Path, help="an API prompt instead of the random Wan")
     parser.add_argument("--models", type=Path, help="models folder of --prompt")
     parser.add_argument("--frames", type=int, help="of the random Wan's video: 4n + 1")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=NUM_ROUNDS)
+    parser.add_argument("--steps", type=int, default=NUM_STEPS)
     parser.add_argument("--out", type=Path, default=OUTPUT)
     parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--share", type=int, help=argparse.SUPPRESS)
@@ -248,6 +249,8 @@ def _command(options: argparse.Namespace) -> str:
     words += [f"--model {options.model}"] if options.model != "wan-small" else []
     words += [f"--frames {options.frames}"] if options.frames else []
     words += [f"--prompt {options.prompt.name} --models FOLDER"] if options.prompt else []
+    words += [f"--rounds {options.rounds}"] if options.rounds != NUM_ROUNDS else []
+    words += [f"--steps {options.steps}"] if options.steps != NUM_STEPS else []
     return " ".join(["python bench parallel", *words, "--out docs/benchmarks"])
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from .tables import _preface, table
+from .tables import preface, table
 
 Json = dict[str, Any]
 
@@ -28,7 +28,7 @@ def met(row: Json) -> str:
 
 def parallel_page(found: Json) -> str:
     """docs/benchmarks/parallel.md"""
-    parts = ["# Sequence parallel against one device", *_preface(found)]
+    parts = ["# Sequence parallel against one device", *preface(found)]
     parts.append(
         f"{found['model']}. Seconds per sampling step (all but the first), through a private "
         "ComfyUI server; a speed is the median of paired rounds with its quartiles. Every CPU rank "

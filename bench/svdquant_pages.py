@@ -3,14 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
-from .tables import _preface, table
+from .tables import preface, table
 
 Json = dict[str, Any]
 
 
 def convert_page(found: Json) -> str:
     """docs/benchmarks/svdquant-convert.md"""
-    parts = ["# How long SVDQuant Convert takes", *_preface(found)]
+    parts = ["# How long SVDQuant Convert takes", *preface(found)]
     kinds = {name: name.removesuffix("s").replace("_", " ") for name in found["num_blocks"]}
     blocks = " and ".join(f"{found['num_blocks'][name]} {kinds[name]}s" for name in kinds)
     parts.append(
@@ -45,7 +45,7 @@ def _convert_row(found: Json, row: Json) -> list[str]:
 
 def methods_page(found: Json) -> str:
     """docs/benchmarks/svdquant-methods.md"""
-    parts = ["# What each step of SVDQuant's quantiser buys", *_preface(found)]
+    parts = ["# What each step of SVDQuant's quantiser buys", *preface(found)]
     parts.append(
         f"Relative error of a layer's output against the 16-bit layer, on inputs that calibration "
         f"has not seen; synthetic layers of {found['size']} x {found['size']}, mean of "

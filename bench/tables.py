@@ -20,7 +20,7 @@ def suite_name(found: Json) -> str:
 def suite_page(found: Json) -> str:
     """docs/benchmarks/suite.md and suite-quick.md"""
     title = "# Every technique against plain ComfyUI"
-    parts = [title + (", in few rounds" if found.get("quick") else ""), *_preface(found)]
+    parts = [title + (", in few rounds" if found.get("quick") else ""), *preface(found)]
     if "seconds" in found:
         each = ", ".join(f"{s['name']} {s['seconds']:.0f}" for s in found["subjects"])
         parts.append(f"Took {found['seconds']:.0f} s: {each}.")
@@ -74,7 +74,7 @@ def _band(subject: Json) -> str:
 
 def attention_page(found: Json) -> str:
     """docs/benchmarks/attention.md"""
-    parts = ["# Attention kernels", *_preface(found)]
+    parts = ["# Attention kernels", *preface(found)]
     if not found["shapes"]:
         parts.append(
             "**Unverified**: no GPU was at hand. The command above fills this page on a machine "
@@ -102,7 +102,7 @@ def attention_page(found: Json) -> str:
 
 def quality_page(found: Json) -> str:
     """docs/benchmarks/quality.md"""
-    parts = ["# Speed against quality on the trained model", *_preface(found)]
+    parts = ["# Speed against quality on the trained model", *preface(found)]
     parts.append(
         "Every row is sampled from the same seeds as the plain pictures that it is compared to: "
         f"{found['num_seeds']} of them at batch 1, 20 steps, euler, cfg 3. Speed is the median of "
@@ -167,7 +167,7 @@ def _accuracy(accuracy: Json) -> str:
 
 def model_page(found: Json) -> str:
     """docs/benchmarks/demo-model.md"""
-    parts = ["# The trained demo model", *_preface(found)]
+    parts = ["# The trained demo model", *preface(found)]
     stages = [
         [name, ", ".join(f"{key} {_number(value)}" for key, value in stage.items())]
         for name, stage in found["training"].items()
@@ -193,7 +193,7 @@ def _number(value: float) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _preface(found: Json) -> list[str]:
+def preface(found: Json) -> list[str]:
     made = found["environment"]
     versions = [f"torch {made['torch']}"]
     versions += [f"ComfyUI {made['comfyui']}"] if "comfyui" in made else []

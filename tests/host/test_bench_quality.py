@@ -4,9 +4,8 @@ import json
 
 import pytest
 import torch
-from slipstream.bench import demo_models, draw, quality_baseline, variants
+from slipstream.bench import demo_models, draw, quality_baseline
 from slipstream.bench.judge import psnr
-from slipstream.bench.paired import BASELINE
 from slipstream.bench.trained import CLOCKS, TrainedModel
 
 BYTES = 12_000_000  # of all shipped weights
@@ -82,32 +81,3 @@ def test_the_check_can_fail(demo):
     reckless = CacheConfig.from_ratio(1.0, strategy="output", warmup=1)
     found = quality_baseline.measure(demo, reckless)
     assert found < recorded["psnr_db"] - recorded["noise_db"]
-
-
-def test_a_round_of_the_suite(demo):
-    """Two sides, one round each, as the suite measures them."""
-    from slipstream.bench import suite
-    from slipstream.bench.subjects import trained_subject
-
-    class Bar:
-        def reset(self, total):
-            self.left = total
-
-        def update(self, num=1):
-            self.left -= num
-
-        def set_description(self, text):
-            self.text = text
-
-    bar = Bar()
-    chosen = [v for v in variants.variants() if v.name in ("attention, exact", "cache, scm")]
-    found = suite.measure(trained_subject(demo, size=64, num_steps=8), chosen, 2, bar)
-    assert bar.left == 0
-    assert [side["name"] for side in found["sides"]] == [
-        BASELINE,
-        "plain again",
-        "attention, exact",
-        "cache, scm",
-    ]
-    assert [side["identical"] for side in found["sides"]] == [True, True, True, False]
-    assert len(found["sides"][0]["denoise_steps_ms"]) == 8

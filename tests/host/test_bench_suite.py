@@ -13,7 +13,7 @@ from comfy_home import PACK_ROOT
 from slipstream.bench import draw, offload_models, suite, suite_measure, suite_peers, variants
 from slipstream.bench.demo_models import WEIGHTS
 from slipstream.bench.flow_model import GUIDANCE, NO_CLASS
-from slipstream.bench.paired import SLOWER
+from slipstream.bench.paired import AGAIN, BASELINE, SLOWER
 from slipstream.bench.subjects import WAN_BLOCKS, trained_subject, wan_subject
 from slipstream.bench.subjects_gpu import FULL_WIDTH
 from slipstream.bench.train_demo import _LABEL_DROP, draw_sigmas
@@ -45,6 +45,25 @@ def chosen(*names):
     found = [variant for variant in variants.variants(clock="cpu") if variant.name in names]
     assert len(found) == len(names)
     return found
+
+
+# --- one round
+
+
+def test_a_round_of_the_suite(demo):
+    """Two sides, one round each, as the suite measures them."""
+    bar = Bar()
+    sides = chosen("attention, exact", "cache, scm")
+    found = suite.measure(trained_subject(demo, size=64, num_steps=8), sides, 2, bar)
+    assert bar.left == 0
+    assert [side["name"] for side in found["sides"]] == [
+        BASELINE,
+        AGAIN,
+        "attention, exact",
+        "cache, scm",
+    ]
+    assert [side["identical"] for side in found["sides"]] == [True, True, True, False]
+    assert len(found["sides"][0]["denoise_steps_ms"]) == 8
 
 
 # --- interrupting

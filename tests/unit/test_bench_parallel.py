@@ -67,12 +67,17 @@ def test_the_default_subject_has_the_tokens_that_the_goal_asks_for():
 
 
 def test_the_command_repeats_the_measurement():
-    fields = {"devices": None, "model": "wan-small", "frames": None, "prompt": None}
+    fields = {
+        "devices": None, "model": "wan-small", "frames": None, "prompt": None,
+        "rounds": parallel.NUM_ROUNDS, "steps": parallel.NUM_STEPS,
+    }  # fmt: skip
     command = parallel._command(argparse.Namespace(**fields))
     assert command == "python bench parallel --out docs/benchmarks"
     given = fields | {"devices": ["cpu,cpu"], "frames": 13}
     command = parallel._command(argparse.Namespace(**given))
     assert command == "python bench parallel --devices cpu,cpu --frames 13 --out docs/benchmarks"
+    command = parallel._command(argparse.Namespace(**fields | {"rounds": 4, "steps": 6}))
+    assert command == "python bench parallel --rounds 4 --steps 6 --out docs/benchmarks"
 
 
 def test_a_silent_group_has_the_shapes_of_a_real_one():

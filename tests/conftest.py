@@ -1,5 +1,6 @@
 """Loads the pack once as `slipstream`; fixtures for the tiers that need a ComfyUI."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,12 @@ comfy_home.load_pack()
 torch.set_num_threads(2)
 
 MODEL_FILES = ("flux", "wan")  # <models>/diffusion_models/tiny_<family>.safetensors
+
+
+def pytest_configure() -> None:
+    """A shell starts background jobs with SIGINT ignored, which programs under test inherit."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -20,8 +20,16 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests in host/ carry the marker `host`; a few in unit/ say themselves that they do."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="tests marked `full` too (./test full)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests in host/ carry the marker `host`; those marked `full` need --full."""
+    if not config.getoption("--full"):
+        longer = [item for item in items if item.get_closest_marker("full")]
+        config.hook.pytest_deselected(items=longer)
+        items[:] = [item for item in items if not item.get_closest_marker("full")]
     host = Path(__file__).resolve().parent / "host"
     for item in items:
         if host in item.path.parents:

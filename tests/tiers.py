@@ -2,6 +2,7 @@
 
     ./test                     ruff, mypy, and every tier whose needs are met
     ./test unit host -k cache  these tiers; everything behind them goes to pytest
+    ./test full                every tier with its longer matrices (tests marked `full`)
 
 What is missing for the unit tier is installed into .venv and .slipstream, which git ignores.
 """
@@ -27,9 +28,11 @@ from slipstream.bench.setup_env import SetupError  # noqa: E402
 ROOT = comfy_home.PACK_ROOT
 TESTS = ROOT / "tests"
 TIERS = ("lint", "unit", "host", "server", "browser", "gpu")
+FULL = "full"  # before the names of tiers: their longer matrices too
 ENGINE = ("torch", "safetensors", "numpy", "PIL")  # what the unit tier imports
 PIP_NAMES = {"PIL": "pillow"}
 TIMEOUT_S = 2100  # a tier; the host tier takes a quarter of an hour of processor time
+FULL_TIMEOUT_S = 3 * 3600  # a tier with its longer matrices
 _INTERRUPTED = 130
 
 
@@ -67,7 +70,10 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Leading tier names, and what goes to pytest."""
+    """Leading tier names, and what goes to pytest; `full` in front becomes pytest's --full."""
+    if list(arguments[:1]) == [FULL]:
+        tiers, rest = split(arguments[1:])
+        return tiers, ["--full", *rest]
     count = next((i for i, a in enumerate(arguments) if a not in TIERS), len(arguments))
     return list(arguments[:count]), list(arguments[count:])
 
@@ -220,11 +226,11 @@ def outcome_of(tier: str, code: int | None, seconds: float, xml: Path) -> Outcom
 
 
 def run_limited(command: Sequence[str], cwd: Path, env: dict[str, str]) -> tuple[int | None, float]:
-    """(exit code, seconds); None for the code if it had to be ended after TIMEOUT_S."""
+    """(exit code, seconds); None for the code if it had to be ended."""
     started = time.monotonic()
     process = subprocess.Popen(command, cwd=cwd, env=env)
     try:
-        code: int | None = process.wait(TIMEOUT_S)
+        code: int | None = process.wait(FULL_TIMEOUT_S if "--full" in command else TIMEOUT_S)
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGINT)  # pytest tears its fixtures down: servers end
         try:

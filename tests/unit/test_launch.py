@@ -134,6 +134,8 @@ def test_tiers_are_split_from_pytest_arguments():
     assert tiers.split([]) == ([], [])
     assert tiers.split(["unit", "host", "-k", "unit"]) == (["unit", "host"], ["-k", "unit"])
     assert tiers.split(["-x"]) == ([], ["-x"])
+    assert tiers.split(["full"]) == ([], ["--full"])
+    assert tiers.split(["full", "host", "-x"]) == (["host"], ["--full", "-x"])
 
 
 XML = """<testsuites><testsuite errors="1" failures="2" skipped="3" tests="10" /></testsuites>"""

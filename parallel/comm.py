@@ -17,10 +17,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..backends.errors import SlipstreamError
+
 GLOO, NCCL = "gloo", "nccl"
 
 
-class TransportError(RuntimeError):
+class TransportError(SlipstreamError, RuntimeError):
     """A peer is gone, or did not answer in time."""
 
 

@@ -4,13 +4,14 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..errors import SlipstreamError
 from .kernels.table import KERNELS
 
 POLICIES = ("exact", "balanced", "fastest", "manual")
 BACKENDS = ("auto", *KERNELS)
 
 
-class AttentionError(ValueError):
+class AttentionError(SlipstreamError, ValueError):
     """A mistake in the attention node's settings, or a call that `strict` does not let pass."""
 
 

@@ -77,7 +77,7 @@ class AttentionConfig:
 
     @property
     def exact_only(self) -> bool:
-        """Whether the settings promise an output that differs by rounding at most."""
+        """Whether the settings promise the same mathematics, with other rounding at most."""
         if self.policy == "manual":
             return KERNELS[self.backend].category == "exact"
         return self.policy == "exact"

@@ -8,7 +8,7 @@ for the duration of one model call. An unbound op computes the default function.
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -75,11 +75,7 @@ def _attention(
         "skip_output_reshape": skip_output_reshape,
         "attn_precision": attn_precision,
     }
-    function = (
-        host.attention_function(default_name)
-        or host.attention_function("attention_pytorch")
-        or attention_plain
-    )
+    function = default_function(default_name)
     call = _bound.get(q.device)
     if call is None:
         return _own(function(q, k, v, heads, mask=mask, **layout, **options), q)
@@ -101,6 +97,15 @@ def _attention(
         key, function, q, k, v, heads, mask, skip_reshape, skip_output_reshape, options, default
     )
     return _own(out, q)
+
+
+def default_function(name: str) -> Callable[..., torch.Tensor]:
+    """ComfyUI's function of this name, else its exact one; plain attention without a ComfyUI."""
+    return (
+        host.attention_function(name)
+        or host.attention_function("attention_pytorch")
+        or attention_plain
+    )
 
 
 def _own(out: torch.Tensor, q: torch.Tensor) -> torch.Tensor:

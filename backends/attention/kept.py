@@ -76,7 +76,9 @@ def _sampled(network: torch.nn.Module) -> str:
     """A few values of the first weights of a model that comes from no file."""
     values = []
     for parameter in network.parameters():
-        if parameter.device.type == "meta" or not parameter.is_floating_point():
+        # A quantised weight is another class, which may not be cut.
+        is_plain = type(parameter.data) is torch.Tensor and parameter.is_floating_point()
+        if not is_plain or parameter.device.type == "meta":
             continue
         values.append(parameter.detach().flatten()[:8].float().cpu().tolist())
         if len(values) == 4:

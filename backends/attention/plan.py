@@ -196,7 +196,10 @@ class Planner:
             if why is not None:
                 entry.reasons[kernel.id], entry.verdict = why, known
                 return None
-            if request.capturing or not verdicts.is_sample(block, request, kernel.id):
+            is_sample = verdicts.is_sample(
+                block, request, kernel.id, lambda verdict: self._against(kernel, verdict) is None
+            )
+            if request.capturing or not is_sample:
                 entry.verdict = known
                 return self._try(entry, kernel, views, check=False)
         if request.capturing:

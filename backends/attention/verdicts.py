@@ -4,7 +4,7 @@ A run trusts them and checks one layer itself, the worst known: if that layer no
 model's verdicts on this kernel are forgotten and every layer is checked again.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +43,16 @@ class Verdicts:
         self._used = True
         return _verdict(values)
 
-    def is_sample(self, block: BlockKey, request: Request, kernel_id: str) -> bool:
-        """Whether this layer stands for the others: the worst of those that passed before."""
+    def is_sample(
+        self,
+        block: BlockKey,
+        request: Request,
+        kernel_id: str,
+        passes: Callable[[Verdict], bool],
+    ) -> bool:
+        """Whether this layer stands for the others: the worst of those that still pass."""
         layers = self._mine.get(self._key(request, kernel_id), {})
-        usable = {layer: v[0] for layer, v in layers.items() if v[0] >= 0}
+        usable = {layer: v[0] for layer, v in layers.items() if passes(_verdict(v))}
         return bool(usable) and max(usable, key=lambda layer: usable[layer]) == str(block)
 
     def put(self, block: BlockKey, request: Request, kernel_id: str, verdict: Verdict) -> None:

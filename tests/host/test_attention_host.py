@@ -308,8 +308,9 @@ def test_blocks_that_comfyui_does_not_name_are_named_by_the_architecture(family)
     """dense_blocks means the same block in every family, whether a cache skips blocks or not."""
     model = tiny.load(family)
     architecture = architectures.find(model.model.diffusion_model)
+    last = len(architectures.stack_blocks(model.model.diffusion_model, architecture.stacks[0])) - 1
     kernel = FakeKernel("quick", error=1e-4)
-    noded = patched(kernel, model, dense_blocks="1")
+    noded = patched(kernel, model, dense_blocks=str(last))
     tiny.sample(noded, family, steps=2, cfg=1.0)
     layers = section(noded)["layers"]
     inside = [x for x in layers if not x["block"].startswith("call/")]
@@ -319,7 +320,7 @@ def test_blocks_that_comfyui_does_not_name_are_named_by_the_architecture(family)
     assert names <= known
     first = architecture.stacks[0].block_type
     exact = {x["block"].split(".")[0] for x in inside if "quick" not in x["kernels"]}
-    assert exact == {f"{first}/1"}
+    assert exact == {f"{first}/{last}"}
 
 
 def test_a_cache_does_not_make_every_call_of_an_unnamed_block_new(monkeypatch):
@@ -334,8 +335,9 @@ def test_a_cache_does_not_make_every_call_of_an_unnamed_block_new(monkeypatch):
         kernel = FakeKernel("quick", error=1e-4)
         noded = patched(kernel, tiny.load("ltxv"))
         if cached:
-            noded = apply_cache(noded, CacheConfig(strategy="cache-dit", residual_diff_threshold=0))
+            config = CacheConfig(strategy="cache-dit", front_blocks=1, warmup=1)
+            noded = apply_cache(noded, config)
         seen.clear()
         tiny.sample(noded, "ltxv", steps=6, cfg=1.0)
         counts[cached] = len(seen)
-    assert counts[True] == counts[False] > 0
+    assert 0 < counts[True] <= counts[False]  # a layer that is skipped is not checked

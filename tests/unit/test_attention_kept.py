@@ -46,8 +46,17 @@ def test_the_worst_layer_that_passed_stands_for_the_others(tmp_path):
     verdicts = Verdicts(tmp_path, "flux", {})
     for index, verdict in enumerate((GOOD, WORSE, GOOD, NAN)):
         verdicts.put(block(index), REQUEST, "sage2", verdict)
-    samples = [i for i in range(4) if verdicts.is_sample(block(i), REQUEST, "sage2")]
-    assert samples == [1]
+
+    def samples(limit):
+        def passes(verdict):
+            return verdict.against(limit, 0.9) is None
+
+        return [i for i in range(4) if verdicts.is_sample(block(i), REQUEST, "sage2", passes)]
+
+    assert samples(0.05) == [1]
+    assert len(samples(0.015)) == 1  # stricter limits: another layer is the closest to them
+    assert samples(0.015) != [1]
+    assert samples(0.001) == []
 
 
 def test_the_worse_of_two_checks_stays(tmp_path):

@@ -40,7 +40,7 @@ class Carry:
 class Stack:
     """An ordered list of blocks that the host's own loop runs one after the other.
 
-    blocks: attribute path of the ModuleList (or a single block) in the network;
+    blocks: attribute path of the ModuleList (ModuleDict, or a single block) in the network;
     block_type: the word ComfyUI puts into transformer_options["block_type"], and our reports show;
     carry: the calling convention; attention_calls: override calls per block, None if it varies;
     joins: how this stack's input is made from the previous one's streams, "" if it is the same;
@@ -109,6 +109,8 @@ def stack_blocks(network: torch.nn.Module, stack: Stack) -> list[torch.nn.Module
         owner = getattr(owner, part)
         if owner is None:
             return []
+    if isinstance(owner, torch.nn.ModuleDict):
+        return list(owner.values())
     return list(owner) if isinstance(owner, torch.nn.ModuleList) else [owner]
 
 

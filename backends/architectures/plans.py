@@ -16,8 +16,7 @@ PLANS: dict[str, TokenPlan] = {
 # Classes that a plan cannot serve, with the reason; any other class without a plan is unknown.
 REFUSED = {
     "ErnieImageModel": "its attention does not pass transformer_options",
-    "MochiJointDiT": "it cuts its text to a length that is known only inside the forward",
-    "AsymmDiTJoint": "it cuts its text to a length that is known only inside the forward",
+    "GeneralDIT": "it adds positions to the whole sequence between its blocks",
 }
 
 

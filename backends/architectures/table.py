@@ -5,6 +5,7 @@ from dataclasses import replace
 from . import (
     aura_flow,
     cogvideox,
+    cosmos,
     cosmos_predict2,
     ernie,
     flux,
@@ -18,6 +19,7 @@ from . import (
     ltx,
     lumina,
     minimax,
+    mochi,
     omnigen2,
     pixart,
     qwen_image,
@@ -31,6 +33,7 @@ from .plans import PLANS
 FILES = (
     aura_flow,
     cogvideox,
+    cosmos,
     cosmos_predict2,
     ernie,
     flux,
@@ -44,6 +47,7 @@ FILES = (
     ltx,
     lumina,
     minimax,
+    mochi,
     omnigen2,
     pixart,
     qwen_image,

@@ -8,6 +8,7 @@ import functools
 from dataclasses import replace
 
 import pytest
+import tiny
 import torch
 from shared_calls import (
     FEW,
@@ -34,7 +35,7 @@ PLANNED = (
     "flux", "flux_schnell", "flux2", "chroma", "hunyuan_video",
     "qwen_image", "mage_flow", "ltxv", "ltxav", "sd3", "sd35", "lumina2", "z_image", "hidream",
     "cosmos_predict2", "minimax_h3", "krea2", "kandinsky5", "cogvideox", "ideogram4", "lens",
-    "joyimage", "omnigen2", "aura_flow", "wan_scail",
+    "joyimage", "omnigen2", "aura_flow", "wan_scail", "mochi",
 )  # fmt: skip
 
 
@@ -54,6 +55,18 @@ def test_ranks_agree_with_one(family):
 def test_every_plan_is_run_here():
     ours = set(PLANS) - {"FakeTokenNet"}  # the fake workers of other tests bring that one
     assert {type(plain(family).network).__name__ for family in PLANNED} == ours
+
+
+@pytest.mark.parametrize(
+    ("family", "why"),
+    [
+        ("cosmos", "it adds positions to the whole sequence between its blocks"),
+        ("ernie", "its attention does not pass transformer_options"),
+    ],
+)
+def test_a_family_that_cannot_be_shared_says_why(family, why):
+    network = tiny.load(family).model.diffusion_model
+    assert f"No token plan for class {type(network).__name__} ({why})" in find_plan(network)
 
 
 @pytest.mark.parametrize("heads", [2, 5])
@@ -125,6 +138,7 @@ VARIANTS = {
     "lens mask": ("lens", {"attention_mask": TEXT_MASK}),
     "sd3 control": ("sd3", {"control": {"output": [randn(2, 35, 192)]}}),
     "joyimage reference": ("joyimage", {"ref_latents": [randn(2, 16, 1, 6, 8)]}),
+    "mochi padded text": ("mochi", {"attention_mask": TEXT_MASK, "num_tokens": 5}),
     "minimax denoise mask": ("minimax_h3", {"denoise_mask": torch.cat(
         (torch.full((1, 1, 1, 7, 5), 0.5), torch.ones(1, 1, 2, 7, 5)), 2)}),
 }  # fmt: skip

@@ -1,0 +1,34 @@
+"""What offload knows of every family: its blocks in the order they run, and nothing left behind."""
+
+from contextlib import contextmanager
+
+import pytest
+import tiny
+from cache_runs import equal
+from slipstream.backends import architectures
+from slipstream.backends.offload.blocks import hooks, units_of
+
+pytestmark = pytest.mark.usefixtures("comfy")
+
+
+@pytest.mark.parametrize("family", list(tiny.ALL))
+def test_every_block_is_staged_once_in_order(family):
+    model = tiny.load(family)
+    network = model.model.diffusion_model
+    units = units_of(network, architectures.find(network))
+    if not units:
+        pytest.skip(f"{family}: no block stack")
+    plain = tiny.sample(model, family, steps=1, cfg=1.0)
+    ran = []
+
+    @contextmanager
+    def around(position):
+        ran.append(position)
+        yield
+
+    with hooks(units, around):
+        out = tiny.sample(model, family, steps=1, cfg=1.0)
+    places = {id(unit.module): place for place, unit in reversed(list(enumerate(units)))}
+    assert ran == sorted(places.values())
+    assert equal(out, plain)
+    assert all("forward" not in module.__dict__ for module in network.modules())

@@ -14,7 +14,8 @@ class Family:
     in_file: detection takes all widths from the weights (or from the keys named in `metadata`), so
     that a small file can exist; prefix: of the keys in that file. Conditioning: mask: an integer
     attention_mask; extra: tensors by name, the shape behind the batch; lists: the same, each
-    wrapped in a list; min_heads: the narrowest network that can be built.
+    wrapped in a list; ids: integers by name, (how many, below what). min_heads: the narrowest
+    network that can be built; shorten: lists of modules that no config makes shorter -> length.
     """
 
     config: str
@@ -29,7 +30,9 @@ class Family:
     mask: bool = False
     extra: dict[str, tuple[int, ...]] = field(default_factory=dict)
     lists: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    ids: dict[str, tuple[int, int]] = field(default_factory=dict)
     min_heads: int = 1
+    shorten: dict[str, int] = field(default_factory=dict)
 
     def unet(self, heads: int) -> dict[str, Any]:
         """The unet_config of a model with this many attention heads."""

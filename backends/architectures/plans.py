@@ -15,6 +15,8 @@ PLANS: dict[str, TokenPlan] = {
 
 # Classes that a plan cannot serve, with the reason; any other class without a plan is unknown.
 REFUSED = {
+    "ACEStepTransformer2DModel": "its self attention is linear, without ComfyUI's hook",
+    "AceStepConditionGenerationModel": "its attention does not pass transformer_options",
     "ErnieImageModel": "its attention does not pass transformer_options",
     "GeneralDIT": "it adds positions to the whole sequence between its blocks",
 }

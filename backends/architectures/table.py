@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from . import (
+    ace_step,
     aura_flow,
     cogvideox,
     cosmos,
@@ -31,6 +32,7 @@ from .data import Architecture
 from .plans import PLANS
 
 FILES = (
+    ace_step,
     aura_flow,
     cogvideox,
     cosmos,

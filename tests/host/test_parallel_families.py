@@ -60,6 +60,8 @@ def test_every_plan_is_run_here():
 @pytest.mark.parametrize(
     ("family", "why"),
     [
+        ("ace_step", "its self attention is linear, without ComfyUI's hook"),
+        ("ace_step15", "its attention does not pass transformer_options"),
         ("cosmos", "it adds positions to the whole sequence between its blocks"),
         ("ernie", "its attention does not pass transformer_options"),
     ],

@@ -134,8 +134,9 @@ def text(family: str, *, tokens: int = 8, seed: int = 1) -> list[Any]:
 
     extra: dict[str, Any] = {name: randn(*shape) for name, shape in one.extra.items()}
     extra |= {name: [randn(*shape)] for name, shape in one.lists.items()}
-    for name, (count, below) in one.ids.items():
-        extra[name] = torch.randint(below, (1, count), generator=generator)
+    for name, (count, below, *then) in one.ids.items():
+        ids = torch.randint(below, (1, count), generator=generator)
+        extra[name] = torch.cat((ids, torch.tensor([then], dtype=ids.dtype)), dim=1)
     if one.mask:  # LTX: an integer mask; a float one would be taken as an additive bias
         extra["attention_mask"] = torch.ones(1, tokens, dtype=torch.long)
     return [[randn(tokens, one.text_dim), {"pooled_output": randn(one.pooled), **extra}]]

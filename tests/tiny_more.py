@@ -1,5 +1,7 @@
 """Tiny models of the rarer image families. Facts: ComfyUI 0.33, comfy/model_detection.py."""
 
+from dataclasses import replace
+
 from tiny_family import TEXT, Family
 
 LATENT = (1, 16, 16, 16)
@@ -14,6 +16,23 @@ OMNIGEN = {
     "axes_dim_rope": (32, 48, 48),
     "timestep_scale": 1000.0,
 }
+
+HIDREAM_O1 = Family(
+    config="HiDreamO1",
+    sizes={
+        "image_model": "hidream_o1",
+        "vision_config_overrides": {
+            "hidden_size": 32,
+            "num_heads": 2,
+            "intermediate_size": 64,
+            "depth": 2,
+        },
+    },
+    latent=(1, 3, 96, 64),
+    odd=(1, 3, 7 * 32, 5 * 32),
+    in_file=False,
+    ids={"text_input_ids": (8, 1000, 151672, 151673)},
+)
 
 FAMILIES = {
     "aura_flow": Family(
@@ -92,6 +111,8 @@ FAMILIES = {
         latent=(1, 128, 8, 8),
         in_file=False,
     ),
+    "hidream_o1": HIDREAM_O1,
+    "hidream_o1_edit": replace(HIDREAM_O1, lists={"reference_latents": (64, 64, 3)}),
     "pixart": Family(
         config="PixArtSigma",
         sizes={

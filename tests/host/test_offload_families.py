@@ -18,7 +18,8 @@ def test_every_block_is_staged_once_in_order(family):
     units = units_of(network, architectures.find(network))
     if not units:
         pytest.skip(f"{family}: no block stack")
-    plain = tiny.sample(model, family, steps=1, cfg=1.0)
+    # HiDream-O1 keeps keys of the prompt from run to run, and rounds otherwise with them.
+    plain = tiny.sample(tiny.load(family), family, steps=1, cfg=1.0)
     ran = []
 
     @contextmanager

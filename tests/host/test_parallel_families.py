@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+from forked_ranks import RankFailed
 from shared_calls import (
     FEW,
     HYBRID,
@@ -36,6 +37,7 @@ PLANNED = (
     "qwen_image", "mage_flow", "ltxv", "ltxav", "sd3", "sd35", "lumina2", "z_image", "hidream",
     "cosmos_predict2", "minimax_h3", "krea2", "kandinsky5", "cogvideox", "ideogram4", "lens",
     "joyimage", "omnigen2", "aura_flow", "wan_scail", "mochi",
+    "hidream_o1", "hidream_o1_edit",
 )  # fmt: skip
 
 
@@ -162,7 +164,7 @@ def test_what_a_family_takes_besides(name):
 # --- what must fail
 
 
-@pytest.mark.parametrize("family", ["wan", "flux", "qwen_image", "sd3", "z_image"])
+@pytest.mark.parametrize("family", ["wan", "flux", "qwen_image", "sd3", "z_image", "mochi"])
 def test_without_the_exchange_the_result_is_wrong(family, monkeypatch):
     def without_exchange(self, inner, q, k, v, mask, options):
         heads = (t.transpose(1, 2) for t in (q, k, v))
@@ -173,6 +175,21 @@ def test_without_the_exchange_the_result_is_wrong(family, monkeypatch):
 
     monkeypatch.setattr(attention.SharedAttention, "_shared", without_exchange)
     assert differences(plain(family), (U2,))[str(U2)] > 1e-2
+
+
+def test_with_other_keys_or_rope_hidream_o1_is_wrong():
+    """Its keys are all tokens; most of what it returns is the noise it got, hence the low bar."""
+    recorded = plain("hidream_o1")
+    plan = find_plan(recorded.network).for_call(recorded.arguments)
+    (path,) = plan.attention_layouts
+    wrong = replace(plan, attention_layouts={path: (("x",), ("x",))})
+    with pytest.raises(RankFailed, match="fits none of the layouts"):
+        differences(recorded, (U2,), plan=wrong)
+    (blocks,) = plan.blocks
+    first_rows = Tok(fn=lambda shards, t: [x[..., : shards.local(("txt", "x")), :] for x in t])
+    args = {**blocks.args, "freqs_cis": first_rows}
+    wrong = replace(plan, blocks=(replace(blocks, args=args),))
+    assert differences(recorded, (U2,), plan=wrong)[str(U2)] > 1e-3
 
 
 def test_with_rope_of_other_tokens_the_result_is_wrong():

@@ -206,6 +206,10 @@ def _zeros(shape: tuple[Any, ...]) -> Any:
 def _config_class(one: Family) -> Any:
     import comfy.supported_models
 
+    if one.config == "QwenImage21" and not hasattr(comfy.supported_models, one.config):
+        import qwen_image21
+
+        return qwen_image21.QwenImage21
     return getattr(comfy.supported_models, one.config)
 
 

@@ -33,8 +33,17 @@ HIDREAM_O1 = Family(
     in_file=False,
     ids={"text_input_ids": (8, 1000, 151672, 151673)},
 )
+QWEN_IMAGE21 = Family(  # a stand-in before ComfyUI 0.37: qwen_image21.py
+    config="QwenImage21",
+    sizes={"image_model": "qwen_image21", "num_layers": 4, "context_in_dim": TEXT},
+    per_head={"num_attention_heads": 1},
+    latent=(1, 64, 6, 5),
+    in_file=False,
+)
 
 FAMILIES = {
+    "qwen_image21": QWEN_IMAGE21,
+    "qwen_image21_edit": replace(QWEN_IMAGE21, lists={"reference_latents": (64, 4, 4)}),
     "aura_flow": Family(
         config="AuraFlow",
         sizes={"n_layers": 5, "n_double_layers": 2, "cond_seq_dim": TEXT, "max_seq": 256},

@@ -19,6 +19,7 @@ REFUSED = {
     "AceStepConditionGenerationModel": "its attention does not pass transformer_options",
     "ErnieImageModel": "its attention does not pass transformer_options",
     "GeneralDIT": "it adds positions to the whole sequence between its blocks",
+    "QwenImage21Transformer2DModel": "it attends part by part, by positions in the whole sequence",
 }
 
 

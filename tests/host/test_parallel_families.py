@@ -65,6 +65,7 @@ def test_every_plan_is_run_here():
         ("ace_step", "its self attention is linear, without ComfyUI's hook"),
         ("ace_step15", "its attention does not pass transformer_options"),
         ("cosmos", "it adds positions to the whole sequence between its blocks"),
+        ("qwen_image21", "it attends part by part, by positions in the whole sequence"),
         ("ernie", "its attention does not pass transformer_options"),
     ],
 )

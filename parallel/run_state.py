@@ -19,7 +19,7 @@ from ..backends.calls import CALL, ModelCall
 from ..backends.report import Section
 from ..backends.run import Run
 from . import block_cache
-from .attention import SharedAttention
+from .attention import SharedAttention, options_of_part
 from .bind import Bound, bind
 from .config import SequenceParallelConfig, choose_layout
 from .control import local_control
@@ -218,7 +218,7 @@ class ParallelRun:
         own = SharedAttention(part, call.options.get(OVERRIDE))
         local = call.with_(
             local_control(part, call.arguments),
-            {**call.options, OVERRIDE: own, "prefetch_dynamic_vbars": False},
+            options_of_part(shared.network, call.options, own),
         )
         is_judged = self.counts.shared + 1 == _JUDGED_CALL
         meter = Meter(links.clock) if is_judged else None  # reading a clock waits for the device

@@ -21,16 +21,18 @@ class Flash3(PackageKernel):
 
     id, category, lse, sparse = "flash3", EXACT, True, False
     package, title = "flash_attn_interface", "FlashAttention 3"
-    pip = "Build it from https://github.com/Dao-AILab/flash-attention, folder hopper"
+    pip = (
+        "Linux: PyTorch's own wheel index has flash-attn-3 for CUDA 12.8 and newer; else build "
+        "https://github.com/Dao-AILab/flash-attention, folder hopper"
+    )
+    distributions = ("flash-attn-3",)
     _attention: Callable[..., Any]
     _asks_for_lse: bool
 
-    def load(self) -> None:
-        import flash_attn_interface
-
-        if not hasattr(flash_attn_interface, "flash_attn_func"):
+    def load(self, package: Any) -> None:
+        if not hasattr(package, "flash_attn_func"):
             raise UnavailableError(f"flash_attn_interface has no flash_attn_func. {self.pip}")
-        self._attention = flash_attn_interface.flash_attn_func
+        self._attention = package.flash_attn_func
         self._asks_for_lse = "return_attn_probs" in inspect.signature(self._attention).parameters
 
     def ineligible(self, request: Request) -> str | None:

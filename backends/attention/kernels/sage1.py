@@ -12,7 +12,7 @@ import torch
 from ..request import Request
 from . import operands, rules
 from .base import APPROXIMATE
-from .package import PackageKernel, UnavailableError, require_c_compiler, version_of
+from .package import TRITON, PackageKernel, UnavailableError, require_c_compiler, version_of
 
 V2_FUNCTION = "sageattn_qk_int8_pv_fp16_cuda"  # 2.x has it, 1.x does not
 
@@ -22,21 +22,20 @@ class Sage1(PackageKernel):
 
     id, category, lse, sparse = "sage1", APPROXIMATE, False, False
     package, title = "sageattention", "sageattention 1.x"
-    pip = "pip install sageattention==1.0.6"
+    pip = "pip install sageattention==1.0.6 (Windows: triton-windows too)"
+    distributions = ("sageattention", *TRITON)
     _attention: Callable[..., Any]
 
-    def load(self) -> None:
-        import sageattention
-
-        if hasattr(sageattention, V2_FUNCTION):
+    def load(self, package: Any) -> None:
+        if hasattr(package, V2_FUNCTION):
             raise UnavailableError(
                 f"sageattention 1.x is not installed (found {version_of('sageattention')}, which "
                 f"is 'sage2'). {self.pip}, or choose 'sage2'"
             )
-        if not hasattr(sageattention, "sageattn"):
+        if not hasattr(package, "sageattn"):
             raise UnavailableError(f"sageattention has no function sageattn. {self.pip}")
         require_c_compiler(self.title)
-        self._attention = sageattention.sageattn
+        self._attention = package.sageattn
 
     def ineligible(self, request: Request) -> str | None:
         name = self.id

@@ -13,7 +13,7 @@ import torch
 from ..request import Request
 from . import operands, rules
 from .base import APPROXIMATE
-from .package import PackageKernel, UnavailableError, require_c_compiler, version_of
+from .package import TRITON, PackageKernel, UnavailableError, require_c_compiler, version_of
 from .sage1 import V2_FUNCTION
 
 # SM -> function and what it needs beyond the defaults.
@@ -32,19 +32,21 @@ class Sage2(PackageKernel):
 
     id, category, lse, sparse = "sage2", APPROXIMATE, True, False
     package, title = "sageattention", "sageattention 2.x"
-    pip = "Build it from https://github.com/thu-ml/SageAttention (it is not on PyPI)"
+    pip = (
+        "Windows: a prebuilt wheel from https://github.com/woct0rdho/SageAttention/releases, and "
+        "triton-windows; Linux: build https://github.com/thu-ml/SageAttention (pip only has 1.0.6)"
+    )
+    distributions = ("sageattention", *TRITON)
     _package: Any
 
-    def load(self) -> None:
-        import sageattention
-
-        if not hasattr(sageattention, V2_FUNCTION):
+    def load(self, package: Any) -> None:
+        if not hasattr(package, V2_FUNCTION):
             raise UnavailableError(
                 f"sageattention 2.x is not installed (found {version_of('sageattention')}, which "
                 f"is 'sage1'). {self.pip}, or choose 'sage1'"
             )
         require_c_compiler(self.title)
-        self._package = sageattention
+        self._package = package
 
     def ineligible(self, request: Request) -> str | None:
         name = self.id

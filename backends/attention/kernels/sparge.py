@@ -12,7 +12,7 @@ import torch
 from ..request import Request
 from . import operands, rules
 from .base import APPROXIMATE
-from .package import PackageKernel, UnavailableError, require_c_compiler
+from .package import TRITON, PackageKernel, UnavailableError, require_c_compiler
 
 BLOCK = 128
 TOP_K = 0.5  # share of key blocks kept
@@ -23,17 +23,19 @@ class Sparge(PackageKernel):
 
     id, category, lse, sparse = "sparge", APPROXIMATE, False, True
     package, title = "spas_sage_attn", "SpargeAttn"
-    pip = "Build it from https://github.com/thu-ml/SpargeAttn"
+    pip = (
+        "Windows: a prebuilt wheel from https://github.com/woct0rdho/SpargeAttn/releases; "
+        "Linux: build https://github.com/thu-ml/SpargeAttn"
+    )
+    distributions = ("spas-sage-attn", *TRITON)
     _attention: Callable[..., Any]
 
-    def load(self) -> None:
-        import spas_sage_attn
-
+    def load(self, package: Any) -> None:
         name = "spas_sage2_attn_meansim_topk_cuda"
-        if not hasattr(spas_sage_attn, name):
+        if not hasattr(package, name):
             raise UnavailableError(f"spas_sage_attn has no function {name}. {self.pip}")
         require_c_compiler(self.title)
-        self._attention = getattr(spas_sage_attn, name)
+        self._attention = getattr(package, name)
 
     def ineligible(self, request: Request) -> str | None:
         name = self.id

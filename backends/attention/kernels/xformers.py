@@ -15,14 +15,13 @@ class Xformers(PackageKernel):
     """xformers.ops.memory_efficient_attention. Only some of its kernels give the log-sum-exp."""
 
     id, category, lse, sparse = "xformers", EXACT, False, False
-    package, title = "xformers", "xformers"
+    package, title = "xformers.ops", "xformers"
     pip = "pip install xformers (the release for your torch)"
+    distributions = ("xformers",)
     _attention: Callable[..., Any]
 
-    def load(self) -> None:
-        from xformers import ops
-
-        self._attention = ops.memory_efficient_attention
+    def load(self, package: Any) -> None:
+        self._attention = package.memory_efficient_attention
 
     def ineligible(self, request: Request) -> str | None:
         name = self.id

@@ -1,9 +1,9 @@
 """Named implementations with capabilities, and the one rule by which they are picked.
 
-A candidate says why it cannot take a request (`ineligible`: cheap, pure, asked first) and why it is
-not installed (`available`: may import a package); `eligible` gives all that can, `select` the first, both with the reason of every
-one passed over.
-The same sentences go to the log, the report and the tests.
+A candidate says why it cannot take a request (`ineligible`: cheap, pure, asked first) and why it
+is not installed (`available`: may import a package); `eligible` gives all that can, `select` the
+first, both with the reason of every one passed over. The same sentences go to the log, the report
+and the tests.
 """
 
 from collections.abc import Iterable, Mapping

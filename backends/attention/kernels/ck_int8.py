@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..request import Request
-from . import kitchen, operands, rules
+from . import heads, kitchen, operands, rules
 from .base import APPROXIMATE
 from .package import PackageKernel
 
@@ -56,7 +56,15 @@ class CkInt8(PackageKernel):
         want_lse: bool = False,
     ) -> torch.Tensor:
         assert not want_lse
-        q, k, v = map(operands.aligned, (q, k, v))
-        with operands.on_device_of(q):
-            out: torch.Tensor = self._attention(q, k, v, scale=scale, attn_mask=mask)
-        return out.contiguous()
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+
+        def attention(
+            q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+        ) -> torch.Tensor:
+            q, k, v = map(operands.aligned, (q, k, v))
+            with operands.on_device_of(q):
+                out: torch.Tensor = self._attention(q, k, v, scale=scale, attn_mask=mask)
+            return out.contiguous()
+
+        int8 = q.numel() + k.numel() + v.numel()
+        return heads.in_groups(attention, q, k, v, mask, workspace_bytes=int8)

@@ -1,7 +1,8 @@
-"""FlashAttention 3, for Hopper: exact, no mask. Layout [B,N,H,D].
+"""FlashAttention 3, for Hopper, Ampere and Ada: exact, no mask. Layout [B,N,H,D].
 
 Early versions always return (out, lse); later ones return lse only if asked for.
-Source: hopper/flash_attn_interface.py of Dao-AILab/flash-attention.
+Source: hopper/flash_attn_interface.py, flash_api.cpp and setup.py of Dao-AILab/flash-attention; a
+build may leave SM8x out (FLASH_ATTENTION_DISABLE_SM80), which shows at the call.
 """
 
 import inspect
@@ -39,7 +40,7 @@ class Flash3(PackageKernel):
         name = self.id
         return (
             rules.device(name, request, hip=False)
-            or rules.arch(name, request, only=(90,))
+            or rules.arch(name, request, low=80, high=90)
             or rules.dtype(name, request, "float16", "bfloat16")
             or rules.head_dim(name, request, most=256)
             or rules.no_mask(name, request)

@@ -7,9 +7,9 @@ a sentence that ends with what to do. A subclass says in `load` what it needs fr
 import os
 import shutil
 import sys
+from functools import cache
 from importlib import import_module, metadata
 from typing import Any
-
 
 TRITON = ("triton", "triton-windows")  # one of them; on Windows pip has the second
 
@@ -49,7 +49,7 @@ class PackageKernel:
     def _try_load(self) -> str | None:
         try:
             package = import_module(self.package)
-        except Exception as error:  # a wheel for another torch raises anything; it is reported
+        except Exception as error:  # noqa: BLE001 - a wheel for another torch raises anything
             own = self.package.split(".")
             parents = {".".join(own[: i + 1]) for i in range(len(own))}
             if isinstance(error, ModuleNotFoundError) and error.name in parents:
@@ -59,7 +59,7 @@ class PackageKernel:
             self.load(package)
         except UnavailableError as reason:
             return str(reason)
-        except Exception as error:  # a version with other functions; it is reported
+        except Exception as error:  # noqa: BLE001 - a version with other functions
             return f"{self.title} is installed but cannot be used ({_said(error)}). {self.pip}"
         return None
 
@@ -76,6 +76,18 @@ def version_of(distribution: str) -> str:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return "an unknown version"
+
+
+@cache
+def versions_of(distributions: tuple[str, ...]) -> dict[str, str]:
+    """Versions of those that are installed; looked up once, it takes milliseconds."""
+    found: dict[str, str] = {}
+    for name in distributions:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def require_c_compiler(name: str) -> None:

@@ -1,7 +1,8 @@
 """SpargeAttn: each query block attends to the half of the key blocks that score highest, in INT8.
 
 No calibration: the package's recommended top-k entry point with its own defaults. It wants at
-least one block of queries (128). Source: spas_sage_attn/core.py of thu-ml/SpargeAttn.
+least one block of queries (128). Source: spas_sage_attn/core.py, setup.py and README.md of
+thu-ml/SpargeAttn: whatever is no SM8x with FP16 and no SM90 takes the route of SM89, Blackwell too.
 """
 
 from collections.abc import Callable
@@ -41,7 +42,7 @@ class Sparge(PackageKernel):
         name = self.id
         return (
             rules.device(name, request, hip=False)
-            or rules.arch(name, request, only=(80, 86, 87, 89, 90))
+            or rules.arch(name, request, only=(80, 86, 87, 89, 90, 120, 121))
             or rules.dtype(name, request, "float16", "bfloat16")
             or rules.head_dim(name, request, only=(64, 128))
             or rules.no_mask(name, request)

@@ -42,6 +42,7 @@ _PACKAGES = (
     "flash-attn-4",
     "xformers",
     "triton",
+    "triton-windows",
     "cache-dit",
 )
 

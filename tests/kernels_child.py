@@ -17,7 +17,7 @@ from typing import Any
 
 def prepare(packages: list[str]) -> None:
     """Put packages in front of the Python's own."""
-    root = Path(os.environ["SLIPSTREAM_KERNEL_PACKAGES"])
+    root = Path(os.environ.get("SLIPSTREAM_KERNEL_PACKAGES", ""))
     for name in packages:
         site.addsitedir(str(root / name))  # .pth files, too: nvidia-cutlass-dsl needs its own
     sys.path[:0] = [str(root / name) for name in packages]

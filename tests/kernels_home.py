@@ -5,11 +5,15 @@ xFormers from being imported. They are used by whatever Python has torch; nothin
 environment changes.
 """
 
+import json
+import os
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import comfy_home
 
@@ -44,11 +48,15 @@ def make(python: str) -> Path:
     has_triton = setup_env.cannot_run(python, "import triton") is None
     for name, calls in PACKAGES.items():
         if name != "triton" or not has_triton:
-            _install(python, root / name, calls)
+            install_one(python, root / name, calls)
     return root
 
 
-def _install(python: str, folder: Path, calls: tuple[tuple[str, ...], ...]) -> None:
+def install_one(python: str, folder: Path, calls: tuple[tuple[str, ...], ...]) -> None:
+    """One package, new or once a week again; what is there stays if pip fails.
+
+    Raises SetupError if nothing is there.
+    """
     done = folder.with_name(f"{folder.name}.done")
     if done.exists() and time.time() - done.stat().st_mtime < FRESH_S:
         return
@@ -66,3 +74,26 @@ def _install(python: str, folder: Path, calls: tuple[tuple[str, ...], ...]) -> N
     shutil.rmtree(folder, ignore_errors=True)
     new.rename(folder)
     done.touch()
+
+
+def ask(
+    question: str, packages: Sequence[str] = (), *, interpret: bool = False, **more: Any
+) -> Any:
+    """The answer of kernels_child.py to a question, in a process where `packages` are installed.
+
+    interpret: Triton's kernels run in its interpreter, so under `python -O`. Raises AssertionError
+    with the end of what the process said.
+    """
+    names, env = list(packages), {**os.environ, "OMP_NUM_THREADS": "1"}
+    if names and (Path(os.environ[FOLDER]) / "triton").exists():
+        names.append("triton")
+    if interpret:
+        env["TRITON_INTERPRET"] = "1"
+        names.insert(0, "numpy")
+    content = json.dumps({"ask": question, "packages": names, **more})
+    child = str(Path(__file__).with_name("kernels_child.py"))
+    command = [sys.executable, *(["-O"] if interpret else []), child, content]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    if done.returncode:
+        raise AssertionError(done.stderr[-3000:])
+    return json.loads(done.stdout.splitlines()[-1])

@@ -93,7 +93,7 @@ class Sage1(PackageKernel):
                 )
             return out
 
-        copies = q.numel() + k.nbytes + k.numel() + 2 * v.numel()
+        copies = q.numel() + k.nbytes + k.numel() + v.nbytes + 2 * v.numel()
         return heads.in_groups(attention, q, k, v, workspace_bytes=copies)
 
 

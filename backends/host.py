@@ -44,6 +44,7 @@ _PACKAGES = (
     "flash-attn-4",
     "xformers",
     "triton",
+    "triton-windows",
     "cache-dit",
 )
 

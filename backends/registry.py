@@ -1,9 +1,9 @@
 """Named implementations with capabilities, and the one rule by which they are picked.
 
-A candidate says why it is not installed (`available`) and why it cannot take a request
-(`ineligible`); `eligible` gives all that can, `select` the first, both with the reason of every
-one passed over.
-The same sentences go to the log, the report and the tests.
+A candidate says why it cannot take a request (`ineligible`: cheap, pure, asked first) and why it
+is not installed (`available`: may import a package); `eligible` gives all that can, `select` the
+first, both with the reason of every one passed over. The same sentences go to the log, the report
+and the tests.
 """
 
 from collections.abc import Iterable, Mapping
@@ -47,8 +47,12 @@ class Refusal:
 
 
 def reason_against(candidate: Candidate[R_contra], request: R_contra) -> str | None:
-    """Why `candidate` cannot take `request` on this machine, or None."""
-    return candidate.available() or candidate.ineligible(request)
+    """Why `candidate` cannot take `request` on this machine, or None.
+
+    `ineligible` only looks at the request; `available` may import a package, so it is asked last,
+    and not at all of a candidate that could not take the request anyway.
+    """
+    return candidate.ineligible(request) or candidate.available()
 
 
 def eligible(

@@ -23,7 +23,7 @@ class SlipstreamAttention(io.ComfyNode):
             ),
             search_aliases=[
                 "sage attention", "sageattention", "flash attention", "xformers", "sdpa",
-                "int8 attention", "patch attention", "spargeattn", "cudnn attention",
+                "int8 attention", "patch attention", "spargeattn", "cudnn attention", "sol-attn",
             ],
             is_experimental=True,
             inputs=[

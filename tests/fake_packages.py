@@ -18,7 +18,7 @@ OPTIONAL = (
 )
 # ComfyUI 0.33 imports these at start (comfy/ldm/modules/attention.py) and expects ImportError only.
 COMFYUI_DIES_OF = {"flash_attn", "sageattention", "sageattn3"}
-ERRORS = ("ImportError", "OSError", "RuntimeError")
+ERRORS = ("ImportError", "OSError", "RuntimeError", "TypeError")
 
 
 def broken_packages(folder: Path, error: str, names: Iterable[str] = OPTIONAL) -> Path:

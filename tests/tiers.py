@@ -3,6 +3,7 @@
     ./test                     ruff, mypy, and every tier whose needs are met
     ./test unit host -k cache  these tiers; everything behind them goes to pytest
     ./test full                every tier with its longer matrices (tests marked `full`)
+    ./test kernels             real kernel packages on a CPU; in `full`, as it installs them
 
 What is missing for the unit tier is installed into .venv and .slipstream, which git ignores.
 """
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import browser_home
 import comfy_home
+import kernels_home
 
 comfy_home.load_pack()
 from slipstream.bench import install, setup_env  # noqa: E402
@@ -27,7 +29,11 @@ from slipstream.bench.setup_env import SetupError  # noqa: E402
 
 ROOT = comfy_home.PACK_ROOT
 TESTS = ROOT / "tests"
-TIERS = ("lint", "unit", "host", "server", "browser", "gpu")
+TIERS = ("lint", "unit", "host", "server", "browser", "kernels", "gpu")
+ASKED_FOR = {
+    "kernels": "installs packages: ./test kernels, or ./test full",
+    "gpu": "by hand, on a CUDA device: ./test gpu",
+}
 FULL = "full"  # before the names of tiers: their longer matrices too
 ENGINE = ("torch", "safetensors", "numpy", "PIL")  # what the unit tier imports
 PIP_NAMES = {"PIL": "pillow"}
@@ -58,14 +64,15 @@ def main(arguments: Sequence[str]) -> int:
     tiers, rest = split(arguments)
     outcomes: list[Outcome] = []
     try:
-        for tier in tiers or TIERS[:-1]:
+        for tier in tiers or by_default(rest):
             print(f"== {tier}", flush=True)
             outcomes.append(run_tier(tier, rest))
     except KeyboardInterrupt:
         print("interrupted")
         return _INTERRUPTED
     if not tiers:
-        outcomes.append(Outcome("gpu", "did not run: by hand, on a CUDA device: ./test gpu"))
+        left = [tier for tier in TIERS if tier not in by_default(rest)]
+        outcomes += [Outcome(tier, f"did not run: {ASKED_FOR[tier]}") for tier in left]
     return verdict(outcomes)
 
 
@@ -76,6 +83,11 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         return tiers, ["--full", *rest]
     count = next((i for i, a in enumerate(arguments) if a not in TIERS), len(arguments))
     return list(arguments[:count]), list(arguments[count:])
+
+
+def by_default(rest: Sequence[str]) -> list[str]:
+    """Tiers of a run that names none."""
+    return [t for t in TIERS if t not in ASKED_FOR or (t == "kernels" and "--full" in rest)]
 
 
 def verdict(outcomes: Sequence[Outcome]) -> int:
@@ -102,6 +114,7 @@ def run_tier(tier: str, rest: Sequence[str]) -> Outcome:
         "host": host,
         "server": server,
         "browser": browser,
+        "kernels": kernels,
         "gpu": gpu,
     }
     try:
@@ -166,6 +179,16 @@ def browser(rest: Sequence[str]) -> Outcome:
         raise NotHere(browser_home.NOT_FOUND)
     os.environ["CHROMIUM"] = found.chromium
     return pytest_tier("browser", python, ["browser"], [], rest)
+
+
+def kernels(rest: Sequence[str]) -> Outcome:
+    """The real kernel packages, with CUDA faked or in Triton's interpreter."""
+    python = engine_python()
+    try:
+        os.environ[kernels_home.FOLDER] = str(kernels_home.make(python))
+    except SetupError as error:
+        raise NotHere(str(error)) from error
+    return pytest_tier("kernels", python, ["kernels"], [], rest)
 
 
 def gpu(rest: Sequence[str]) -> Outcome:

@@ -10,6 +10,7 @@ import torch
 from .. import host
 from .config import AttentionConfig
 from .frozen import FrozenPlan
+from .kernels.table import versions as kernel_versions
 from .timings import Timings, machine_key
 from .tuning import Budget
 from .verdicts import Verdicts
@@ -53,7 +54,7 @@ class Kept:
 
 def kept_for(patcher: Any, config: AttentionConfig) -> Kept:
     """What is kept for this MODEL on this machine."""
-    folder, versions = host.user_folder(), host.versions()
+    folder, versions = host.user_folder(), kernel_versions()
     device: torch.device = patcher.load_device
     name = host.device_name(device) if device.type == "cuda" else ""
     frozen = FrozenPlan(config.freeze, folder, forget=config.retune) if config.freeze else None

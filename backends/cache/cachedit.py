@@ -40,7 +40,7 @@ def unavailable(calibrator: str = "none") -> str | None:
         return f"dmd needs cache-dit 1.5 or newer, found {version}."
     try:
         _import_cache_dit()
-    except (ImportError, OSError) as error:
+    except Exception as error:  # noqa: BLE001 - one that fits no package beside it raises anything
         return f"cache-dit {version} cannot be imported ({error}): {PIP}, or set engine to builtin."
     return None
 

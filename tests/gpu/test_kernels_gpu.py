@@ -9,6 +9,7 @@ from functools import cache
 import pytest
 import torch
 from slipstream.backends import registry
+from slipstream.backends.attention.kernels import heads
 from slipstream.backends.attention.kernels.base import EXACT
 from slipstream.backends.attention.kernels.math import sliced_attention
 from slipstream.backends.attention.kernels.table import KERNELS
@@ -89,6 +90,15 @@ def test_kernel_is_attention(name, shape):
     assert [x._version for x in (q, k, v)] == versions
     assert out.untyped_storage().data_ptr() != q.untyped_storage().data_ptr()
     check(kernel, out, q, k, v)
+
+
+@pytest.mark.parametrize("name", [n for n in KERNELS if KERNELS[n].category != EXACT])
+def test_groups_of_heads_are_the_same(name, monkeypatch):
+    q, k, v = tensors((1, 4, 16_384, 16_384, 128))
+    kernel = usable(name, q, k, v)
+    whole = kernel.run(q, k, v)
+    monkeypatch.setattr(heads, "WORKSPACE_BYTES", 1)
+    assert compare(kernel.run(q, k, v), whole)[0] < 1e-3
 
 
 @pytest.mark.parametrize("kind", ["keys", "bool", "bias"])

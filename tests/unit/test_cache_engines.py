@@ -168,9 +168,10 @@ def test_dmd_of_an_old_cache_dit_is_a_sentence(monkeypatch):
     assert cachedit.unavailable("dmd") == "dmd needs cache-dit 1.5 or newer, found 1.3.12."
 
 
-def test_broken_cache_dit_is_a_sentence(monkeypatch):
+@pytest.mark.parametrize("error", [ImportError("no diffusers"), TypeError("no diffusers")])
+def test_broken_cache_dit_is_a_sentence(monkeypatch, error):
     def broken():
-        raise ImportError("no diffusers")
+        raise error
 
     monkeypatch.setattr(cachedit, "installed_version", lambda: "1.5.3")
     monkeypatch.setattr(cachedit.importlib.util, "find_spec", lambda name: object())

@@ -21,7 +21,9 @@ FLUX = Request(
     k_tokens=4608,
     head_dim=128,
 )
-HOME = {"sage3": (12, 0)}  # a GPU the kernel runs on, where it is not Hopper
+# A GPU the kernel runs on, where it is not Hopper, and a length it is made for.
+HOME = {"sage3": (12, 0), "sage2_fp16_accum": (8, 6), "sage2_fp32_accum": (8, 9)}
+LONG = {"sol_attn": 32_768}
 GPU = "a CUDA or ROCm GPU"
 HALF = "float16 and bfloat16"
 
@@ -33,6 +35,7 @@ GQA, ODD_GQA = {"kv_heads": 8}, {"kv_heads": 7}
 SCALE, LSE, FORBIDDEN = {"has_scale": True}, {"want_lse": True}, {"low_precision": False}
 DENSE, CAPTURE = {"dense": True}, {"capturing": True}
 MANY = {"batch": 70_000, "q_tokens": 8, "k_tokens": 8, "head_dim": 64, "heads": 1, "kv_heads": 1}
+SHORT = {"q_tokens": 4608, "k_tokens": 4608}
 HUGE = {"batch": 32, "q_tokens": 32_768}  # 32 x 24 x 32,768 x 128 elements
 
 
@@ -86,7 +89,8 @@ REJECTIONS = [
     rejected("flash2", "7 k/v heads for 24 q heads: flash2 needs a divisor", ODD_GQA),
     rejected("flash2", "batch 70000: flash2 takes up to 65535", MANY),
     rejected("flash3", "ROCm: flash3 needs a CUDA GPU", ROCM),
-    rejected("flash3", "SM89: flash3 needs SM90", sm(89)),
+    rejected("flash3", "SM75: flash3 needs SM80 to SM90", sm(75)),
+    rejected("flash3", "SM120: flash3 needs SM80 to SM90", sm(120)),
     rejected("flash3", f"float32: flash3 takes {HALF}", F32),
     rejected("flash3", "head_dim 320: flash3 takes up to 256", dim(320)),
     rejected("flash3", "mask: flash3 takes none", BIAS),
@@ -99,7 +103,8 @@ REJECTIONS = [
     rejected("flash4", "mask: flash4 takes none", BIAS),
     rejected("flash4", COMPILES.format("flash4"), CAPTURE),
     rejected("xformers", f"device cpu: xformers needs {GPU}", CPU),
-    rejected("xformers", "SM120: xformers needs SM50 to SM90", sm(120)),
+    rejected("xformers", "mask on SM120: xformers takes one up to SM90", sm(120), BIAS),
+    rejected("xformers", "float32 on SM120: xformers takes it up to SM90", sm(120), F32),
     rejected("xformers", "float64: xformers takes float16, bfloat16 and float32", F64),
     rejected("xformers", "head_dim 320: xformers takes up to 256", dim(320)),
     rejected("xformers", "log-sum-exp: xformers does not return it", LSE),
@@ -116,6 +121,8 @@ REJECTIONS = [
     rejected("sage1", "float64: sage1 takes float16, bfloat16 and float32", F64),
     rejected("sage1", "head_dim 80: sage1 needs 64, 96 or 128", dim(80)),
     rejected("sage1", "mask: sage1 takes none", BOOL),
+    rejected("sage1", "77 keys: sage1 cannot end in a part of a block", {"k_tokens": 77}),
+    rejected("sage1", "1030 keys: sage1 cannot end in a part", {"k_tokens": 1030}),
     rejected("sage1", FORBIDS.format("sage1"), FORBIDDEN),
     rejected("sage1", SCHEDULED.format("sage1"), DENSE),
     rejected("sage1", "log-sum-exp: sage1 does not return it", LSE),
@@ -143,7 +150,7 @@ REJECTIONS = [
     rejected("sage3", COMPILES.format("sage3"), CAPTURE),
     rejected("sage3", TOO_MANY.format("sage3"), HUGE),
     rejected("sparge", "ROCm: sparge needs a CUDA GPU", ROCM),
-    rejected("sparge", "SM120: sparge needs SM80, SM86, SM87, SM89 or SM90", sm(120)),
+    rejected("sparge", "SM100: sparge needs SM80, SM86, SM87, SM89, SM90, SM120 or", sm(100)),
     rejected("sparge", f"float32: sparge takes {HALF}", F32),
     rejected("sparge", "head_dim 96: sparge needs 64 or 128", dim(96)),
     rejected("sparge", "mask: sparge takes none", BIAS),
@@ -154,11 +161,34 @@ REJECTIONS = [
     rejected("sparge", "log-sum-exp: sparge does not return it", LSE),
     rejected("sparge", COMPILES.format("sparge"), CAPTURE),
     rejected("sparge", TOO_MANY.format("sparge"), HUGE),
+    rejected("sage2_fp16_accum", "SM89: sage2_fp16_accum needs SM80 or SM86", sm(89)),
+    rejected("sage2_fp16_accum", "mask: sage2_fp16_accum takes none", BOOL),
+    rejected("sage2_fp32_accum", "SM90: sage2_fp32_accum needs SM89, SM120 or SM121", sm(90)),
+    rejected("sage2_fp32_accum", SCHEDULED.format("sage2_fp32_accum"), DENSE),
+    rejected("sage2_triton", "ROCm: sage2_triton needs a CUDA GPU", ROCM),
+    rejected("sage2_triton", "SM120: sage2_triton needs SM80 to SM90", sm(120)),
+    rejected("sage2_triton", f"float32: sage2_triton takes {HALF}", F32),
+    rejected("sage2_triton", "head_dim 160: sage2_triton takes up to 128", dim(160)),
+    rejected("sage2_triton", FORBIDS.format("sage2_triton"), FORBIDDEN),
+    rejected("sage2_triton", COMPILES.format("sage2_triton"), CAPTURE),
+    rejected("sage2_triton", TOO_MANY.format("sage2_triton"), HUGE),
+    rejected("sol_attn", f"device cpu: sol_attn needs {GPU}", CPU),
+    rejected("sol_attn", "SM75: sol_attn needs SM80 or newer", sm(75)),
+    rejected("sol_attn", f"float32: sol_attn takes {HALF}", F32),
+    rejected("sol_attn", "head_dim 64: sol_attn needs 128", dim(64)),
+    rejected("sol_attn", "mask: sol_attn takes none", BOOL),
+    rejected("sol_attn", "32768 queries, 512 keys: sol_attn needs as many", {"k_tokens": 512}),
+    rejected("sol_attn", "4608 tokens: sol_attn is slower than others below 8192", SHORT),
+    rejected("sol_attn", "7 k/v heads for 24 q heads: sol_attn needs a divisor", ODD_GQA),
+    rejected("sol_attn", SCHEDULED.format("sol_attn"), DENSE),
+    rejected("sol_attn", "log-sum-exp: sol_attn does not return it", LSE),
 ]
 
 
 def base(kernel):
-    return replace(FLUX, capability=HOME.get(kernel, FLUX.capability))
+    tokens = LONG.get(kernel, FLUX.q_tokens)
+    capability = HOME.get(kernel, FLUX.capability)
+    return replace(FLUX, capability=capability, q_tokens=tokens, k_tokens=tokens)
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -194,7 +224,18 @@ TAKEN = [
     ("sage1", (ROCM,)),
     ("sage2", (dim(40), GQA, SCALE, LSE, sm(86))),
     ("sage3", (GQA,)),
+    ("sage1", ({"q_tokens": 77},)),  # only keys come in blocks that are not masked
+    ("sage1", ({"k_tokens": 512},)),
+    ("sage1", ({"k_tokens": 75_600},)),
     ("sparge", (SCALE, dim(64))),
+    ("sparge", (sm(120),)),
+    ("flash3", (sm(89),)),
+    ("xformers", (sm(120),)),
+    ("sage2_fp16_accum", (dim(40), GQA, LSE)),
+    ("sage2_fp32_accum", (sm(121), GQA, SCALE)),
+    ("sage2_triton", (sm(86), BIAS, GQA, LSE)),
+    ("sage2_triton", (BOOL, dim(40), {"k_tokens": 77})),
+    ("sol_attn", (ROCM, GQA, SCALE)),
 ]
 
 

@@ -1,10 +1,12 @@
 """What ./run and ./test find, what they say when something is missing, and the standalone mode."""
 
 import json
+import os
 import subprocess
 import sys
 
 import comfy_home
+import kernels_home
 import pytest
 import tiers
 from slipstream.bench import install, launch, setup_env
@@ -134,6 +136,8 @@ def test_tiers_are_split_from_pytest_arguments():
     assert tiers.split([]) == ([], [])
     assert tiers.split(["unit", "host", "-k", "unit"]) == (["unit", "host"], ["-k", "unit"])
     assert tiers.split(["-x"]) == ([], ["-x"])
+    assert "kernels" not in tiers.by_default([])  # it installs packages
+    assert tiers.by_default(["--full"]) == [*tiers.by_default([]), "kernels"]
     assert tiers.split(["full"]) == ([], ["--full"])
     assert tiers.split(["full", "host", "-x"]) == (["host"], ["--full", "-x"])
 
@@ -172,3 +176,38 @@ def test_outcome_counts_errors_as_failures(tmp_path):
 def test_verdict(outcomes, code, last, capsys):
     assert tiers.verdict(outcomes) == code
     assert capsys.readouterr().out.splitlines()[-1] == last
+
+
+def test_kernel_packages_that_cannot_be_had_are_the_closing_line(monkeypatch, tmp_path):
+    def no_network(python, arguments, *, target):
+        raise setup_env.SetupError(f"pip cannot install {' '.join(arguments)}: no network")
+
+    monkeypatch.setattr(tiers, "engine_python", lambda: sys.executable)
+    monkeypatch.setattr(setup_env, "OWN", tmp_path)
+    monkeypatch.setattr(install, "pip_install", no_network)
+    outcome = tiers.run_tier("kernels", [])
+    assert (outcome.ran, outcome.ok) == (False, True)
+    assert outcome.sentence == "did not run: pip cannot install numpy<2.3: no network"
+
+
+def test_kernel_packages_of_last_week_serve_without_a_network(monkeypatch, tmp_path):
+    calls = []
+
+    def pip_install(python, arguments, *, target):
+        calls.append(target.name)
+        if online:
+            (target / "package").mkdir(parents=True)
+        else:
+            raise setup_env.SetupError("no network")
+
+    monkeypatch.setattr(install, "pip_install", pip_install)
+    folder, newest = tmp_path / "kitchen", (("comfy-kitchen",),)
+    online = True
+    kernels_home.install_one("python", folder, newest)
+    kernels_home.install_one("python", folder, newest)
+    assert calls == ["kitchen.new"]  # fresh
+    os.utime(tmp_path / "kitchen.done", (0, 0))
+    online = False
+    kernels_home.install_one("python", folder, newest)
+    assert len(calls) == 2
+    assert (folder / "package").is_dir()

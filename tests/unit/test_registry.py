@@ -35,6 +35,15 @@ def test_refusal_says_why_for_each():
     assert str(select([], 5)) == ""
 
 
+def test_a_candidate_that_cannot_take_the_request_is_not_asked_whether_it_is_installed():
+    class Imports(Thing):
+        def available(self):
+            raise AssertionError("imported for nothing")
+
+    choice = select([Imports("slow", limit=3), C], 5)
+    assert choice.rejected == {"slow": "5: slow takes up to 3"}
+
+
 def test_eligible_keeps_the_order_and_obeys_what_is_disabled():
     fit, reasons = eligible([C, A, B], 2, {"c": "c failed"})
     assert fit == [B]

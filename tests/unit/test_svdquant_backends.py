@@ -6,12 +6,14 @@ import types
 import pytest
 import svdquant_models
 import torch
+from slipstream.backends.registry import reason_against
 from slipstream.backends.svdquant import kernels
 from slipstream.backends.svdquant.dialects import detect
 from slipstream.backends.svdquant.engine import Engine
 from slipstream.backends.svdquant.header import read_header
 from slipstream.backends.svdquant.inspection import inspect_text, requests, verdict
 from slipstream.backends.svdquant.kernels import Dequant, Kitchen, Nunchaku, Reference
+from slipstream.backends.svdquant.kernels.base import LayerRequest
 from slipstream.backends.svdquant.measure import fastest
 from slipstream.backends.svdquant.quantize import quantise
 from slipstream.backends.svdquant.segments import unsigned_by_topology
@@ -45,10 +47,10 @@ def test_pypis_nunchaku_is_recognised_and_not_imported(packages):
     assert "nunchaku" not in sys.modules
 
 
-def test_a_broken_nunchaku_is_a_reason(packages):
-    package(packages, "nunchaku", "raise OSError('libcudart.so.12: not found')", ("_C.abi3.so",))
-    reason = Nunchaku().available()
-    assert "nunchaku cannot be imported (libcudart.so.12: not found)" in reason
+@pytest.mark.parametrize("error", ["OSError", "TypeError"])
+def test_a_broken_nunchaku_is_a_reason(packages, error):
+    package(packages, "nunchaku", f"raise {error}('not for this torch')", ("_C.abi3.so",))
+    assert "nunchaku cannot be imported (not for this torch)" in Nunchaku().available()
 
 
 def test_no_nunchaku(packages, monkeypatch):
@@ -65,6 +67,12 @@ def test_an_old_comfy_kitchen_is_named(monkeypatch):
     assert "comfy-kitchen 0.1.9 lacks quantize_svdquant_w4a4" in Kitchen().available()
     monkeypatch.setitem(sys.modules, "comfy_kitchen", None)
     assert "comfy-kitchen cannot be imported" in Kitchen().available()
+    for precision in ("int4", "nvfp4"):  # its rules on a layer ask the package, too
+        layer = LayerRequest(
+            precision=precision, device_type="cuda", dtype="bfloat16", num_rows=64, num_columns=64,
+            capability=(12, 0),
+        )  # fmt: skip
+        assert "comfy-kitchen cannot be imported" in reason_against(Kitchen(), layer)
 
 
 class Fake:

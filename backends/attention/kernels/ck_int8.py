@@ -2,7 +2,7 @@
 
 INT8 q, k and v after a Hadamard rotation, unsigned INT8 weights, its own shift of K; masks, GQA
 and any width up to 256 (it pads by itself). It has CUDA and HIP kernels and no CPU fallback.
-Source: comfy_kitchen/sage_attention.py, 0.2.31.
+Source: comfy_kitchen/sage_attention.py, 0.2.31 to 0.2.40.
 """
 
 from collections.abc import Callable
@@ -11,33 +11,26 @@ from typing import Any
 import torch
 
 from ..request import Request
-from . import operands, rules
+from . import heads, kitchen, operands, rules
 from .base import APPROXIMATE
-from .package import PackageKernel, UnavailableError, version_of
+from .package import PackageKernel
 
 
 class CkInt8(PackageKernel):
     """comfy_kitchen.int8_attention."""
 
     id, category, lse, sparse = "ck_int8", APPROXIMATE, False, False
-    package, title = "comfy_kitchen", "comfy-kitchen"
-    pip = "pip install -U comfy-kitchen"
+    package, title, pip = kitchen.PACKAGE, kitchen.TITLE, kitchen.PIP
+    distributions = kitchen.DISTRIBUTIONS
     _attention: Callable[..., Any]
 
-    def load(self) -> None:
-        import comfy_kitchen
-
-        attention = getattr(comfy_kitchen, "int8_attention", None)
-        supported = getattr(comfy_kitchen, "int8_attention_is_available", None)
-        if attention is None or supported is None:
-            found = version_of("comfy-kitchen")
-            raise UnavailableError(f"comfy-kitchen {found} has no INT8 attention. {self.pip}")
-        if torch.cuda.is_available() and not any(map(supported, range(torch.cuda.device_count()))):
-            raise UnavailableError(
-                "comfy-kitchen's INT8 attention does not run here: it needs SM75 or newer, or "
-                f"RDNA3 or newer, and its compiled extension. {self.pip}"
-            )
-        self._attention = attention
+    def load(self, package: Any) -> None:
+        self._attention = kitchen.function(package, "int8_attention", "INT8 attention")
+        kitchen.require_device(
+            package.int8_attention_is_available,
+            "INT8 attention",
+            "SM75 or newer, or RDNA3 or newer",
+        )
 
     def ineligible(self, request: Request) -> str | None:
         name = self.id
@@ -63,7 +56,15 @@ class CkInt8(PackageKernel):
         want_lse: bool = False,
     ) -> torch.Tensor:
         assert not want_lse
-        q, k, v = map(operands.aligned, (q, k, v))
-        with operands.on_device_of(q):
-            out: torch.Tensor = self._attention(q, k, v, scale=scale, attn_mask=mask)
-        return out.contiguous()
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+
+        def attention(
+            q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+        ) -> torch.Tensor:
+            q, k, v = map(operands.aligned, (q, k, v))
+            with operands.on_device_of(q):
+                out: torch.Tensor = self._attention(q, k, v, scale=scale, attn_mask=mask)
+            return out.contiguous()
+
+        int8 = q.numel() + k.numel() + v.numel()
+        return heads.in_groups(attention, q, k, v, mask, workspace_bytes=int8)

@@ -16,19 +16,22 @@ class Flash2(PackageKernel):
 
     id, category, lse, sparse = "flash2", EXACT, True, False
     package, title = "flash_attn", "flash-attn 2.x"
-    pip = "pip install flash-attn --no-build-isolation (a long build without a matching wheel)"
+    pip = (
+        "Take a prebuilt wheel for your Python, torch and CUDA: Linux from "
+        "https://github.com/Dao-AILab/flash-attention/releases, Windows from "
+        "https://github.com/kingbri1/flash-attention/releases (pip would compile for hours)"
+    )
+    distributions = ("flash-attn",)
     _attention: Callable[..., Any]
 
-    def load(self) -> None:
-        import flash_attn
-
+    def load(self, package: Any) -> None:
         # flash-attn-4 alone makes `flash_attn` a namespace package without this function.
-        if not hasattr(flash_attn, "flash_attn_func"):
+        if not hasattr(package, "flash_attn_func"):
             raise UnavailableError(
                 f"flash-attn 2.x is not installed (found only parts of flash_attn; with "
                 f"flash-attn-4 choose 'flash4'). {self.pip}"
             )
-        self._attention = flash_attn.flash_attn_func
+        self._attention = package.flash_attn_func
 
     def ineligible(self, request: Request) -> str | None:
         name = self.id

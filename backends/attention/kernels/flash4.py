@@ -20,25 +20,16 @@ class Flash4(PackageKernel):
     """flash_attn.cute.flash_attn_func."""
 
     id, category, lse, sparse = "flash4", EXACT, True, False
-    package, title = "flash_attn", "flash-attn-4"
+    package, title = "flash_attn.cute", "flash-attn-4"
     pip = "pip install --pre flash-attn-4"
+    distributions = ("flash-attn-4", "nvidia-cutlass-dsl", "quack-kernels")
     _attention: Callable[..., Any]
     _asks_for_lse: bool
 
-    def load(self) -> None:
-        try:
-            from flash_attn import cute
-        except ModuleNotFoundError as error:
-            if error.name == "flash_attn.cute":
-                raise UnavailableError(f"flash-attn-4 is not installed. {self.pip}") from error
-            raise
-        except ImportError as error:
-            if "cute" in str(error) and error.name == "flash_attn":
-                raise UnavailableError(f"flash-attn-4 is not installed. {self.pip}") from error
-            raise
-        if not hasattr(cute, "flash_attn_func"):
+    def load(self, package: Any) -> None:
+        if not hasattr(package, "flash_attn_func"):
             raise UnavailableError(f"flash_attn.cute has no flash_attn_func. {self.pip}")
-        self._attention = cute.flash_attn_func
+        self._attention = package.flash_attn_func
         self._asks_for_lse = "return_lse" in inspect.signature(self._attention).parameters
 
     def ineligible(self, request: Request) -> str | None:

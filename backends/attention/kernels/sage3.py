@@ -12,7 +12,7 @@ import torch
 from ..request import Request
 from . import operands, rules
 from .base import APPROXIMATE
-from .package import PackageKernel, UnavailableError, require_c_compiler
+from .package import TRITON, PackageKernel, UnavailableError, require_c_compiler
 
 
 class Sage3(PackageKernel):
@@ -21,18 +21,17 @@ class Sage3(PackageKernel):
     id, category, lse, sparse = "sage3", APPROXIMATE, False, False
     package, title = "sageattn3", "sageattn3"
     pip = (
-        "Build it from https://github.com/thu-ml/SageAttention, folder sageattention3_blackwell "
-        "(Python 3.13, torch 2.8)"
+        "Take a prebuilt wheel of sageattn3 for your Python and torch, or build "
+        "https://github.com/thu-ml/SageAttention, folder sageattention3_blackwell"
     )
+    distributions = ("sageattn3", *TRITON)
     _attention: Callable[..., Any]
 
-    def load(self) -> None:
-        import sageattn3
-
-        if not hasattr(sageattn3, "sageattn3_blackwell"):
+    def load(self, package: Any) -> None:
+        if not hasattr(package, "sageattn3_blackwell"):
             raise UnavailableError(f"sageattn3 has no function sageattn3_blackwell. {self.pip}")
         require_c_compiler(self.title)
-        self._attention = sageattn3.sageattn3_blackwell
+        self._attention = package.sageattn3_blackwell
 
     def ineligible(self, request: Request) -> str | None:
         name = self.id

@@ -1,7 +1,8 @@
 """SpargeAttn: each query block attends to the half of the key blocks that score highest, in INT8.
 
 No calibration: the package's recommended top-k entry point with its own defaults. It wants at
-least one block of queries (128). Source: spas_sage_attn/core.py of thu-ml/SpargeAttn.
+least one block of queries (128). Source: spas_sage_attn/core.py, setup.py and README.md of
+thu-ml/SpargeAttn: whatever is no SM8x with FP16 and no SM90 takes the route of SM89, Blackwell too.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import torch
 from ..request import Request
 from . import operands, rules
 from .base import APPROXIMATE
-from .package import PackageKernel, UnavailableError, require_c_compiler
+from .package import TRITON, PackageKernel, UnavailableError, require_c_compiler
 
 BLOCK = 128
 TOP_K = 0.5  # share of key blocks kept
@@ -23,23 +24,25 @@ class Sparge(PackageKernel):
 
     id, category, lse, sparse = "sparge", APPROXIMATE, False, True
     package, title = "spas_sage_attn", "SpargeAttn"
-    pip = "Build it from https://github.com/thu-ml/SpargeAttn"
+    pip = (
+        "Windows: a prebuilt wheel from https://github.com/woct0rdho/SpargeAttn/releases; "
+        "Linux: build https://github.com/thu-ml/SpargeAttn"
+    )
+    distributions = ("spas-sage-attn", *TRITON)
     _attention: Callable[..., Any]
 
-    def load(self) -> None:
-        import spas_sage_attn
-
+    def load(self, package: Any) -> None:
         name = "spas_sage2_attn_meansim_topk_cuda"
-        if not hasattr(spas_sage_attn, name):
+        if not hasattr(package, name):
             raise UnavailableError(f"spas_sage_attn has no function {name}. {self.pip}")
         require_c_compiler(self.title)
-        self._attention = getattr(spas_sage_attn, name)
+        self._attention = getattr(package, name)
 
     def ineligible(self, request: Request) -> str | None:
         name = self.id
         return (
             rules.device(name, request, hip=False)
-            or rules.arch(name, request, only=(80, 86, 87, 89, 90))
+            or rules.arch(name, request, only=(80, 86, 87, 89, 90, 120, 121))
             or rules.dtype(name, request, "float16", "bfloat16")
             or rules.head_dim(name, request, only=(64, 128))
             or rules.no_mask(name, request)

@@ -26,7 +26,7 @@ class Kitchen:
     def available(self) -> str | None:
         try:
             import comfy_kitchen
-        except (ImportError, OSError) as error:
+        except Exception as error:  # noqa: BLE001 - a wheel for another torch raises anything
             return f"comfy-kitchen cannot be imported ({error}): {_PIP}"
         missing = [name for name in _OPS if not hasattr(comfy_kitchen, name)]
         if missing:
@@ -60,6 +60,8 @@ class Kitchen:
 
 def _switched_off(backend: str) -> str | None:
     """Why comfy-kitchen would fall back to plain torch on a GPU, which is slow; None if not."""
+    if Kitchen().available() is not None:
+        return None  # it says so itself
     import comfy_kitchen
 
     status = comfy_kitchen.list_backends().get(backend, {})

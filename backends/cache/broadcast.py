@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .. import host
 from ..attention.request import BlockKey
 from ..calls import CALL, BranchKey, ModelCall, with_options
 from ..run import Run
@@ -113,7 +114,8 @@ class Broadcast:
         if layer not in self._chosen or not near:
             self._kept.pop(layer, None)
             return
-        self._kept[layer] = _Kept(output.clone(), call.evaluation, query)
+        with host.unrecorded():
+            self._kept[layer] = _Kept(output.clone(), call.evaluation, query)
         held = sum(k.output.numel() * k.output.element_size() for k in self._kept.values())
         self.peak_bytes = max(self.peak_bytes, held)
 

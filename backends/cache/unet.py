@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .. import host
 from ..architectures import Architecture, called_modules, stack_blocks
 from ..calls import CALL, ModelCall
 from .blocks import adds_between, signature_of
@@ -106,7 +107,8 @@ class DeepCache(Deciding):
                 result = forward(*args, **kwargs)
                 self._shapes[call.key, level] = result.shape
                 if level == feature_level:
-                    kept["feature"] = result.clone()  # FreeU scales it in place
+                    with host.unrecorded():
+                        kept["feature"] = result.clone()  # FreeU scales it in place
                 return result
 
             return record

@@ -304,3 +304,67 @@ class NextCore:
         self.seen_switch = []
         with _Allocations(self.recorder):
             yield self.recorder
+
+
+class Preferred:
+    """The `comfy_attention` of a checkpoint's layer that asks for an attention of its own."""
+
+    def __init__(self, function: Callable[..., torch.Tensor] | None = None):
+        self.function = function
+
+
+def use_newest_attention(monkeypatch: Any, preferred: Preferred | None = None) -> Counter[str]:
+    """ComfyUI 0.40's way of calling attention, in every network: q, k and v come in containers, and
+    `preferred` is popped before an override sees the call. Returns counts by who answered.
+    """
+    from comfy.ldm.modules import attention
+
+    answered: Counter[str] = Counter()
+    old = attention.optimized_attention
+    call = _newest_wrapper(old.__wrapped__, attention.AttentionTensorContainer, answered)
+
+    @wraps(call)
+    def from_network(*args: Any, **kwargs: Any) -> Any:
+        if isinstance(args[0], torch.Tensor) and "_inside_attn_wrapper" not in kwargs:
+            boxes = [attention.AttentionTensorContainer(t) for t in args[:3]]
+            return call(*boxes, *args[3:], preferred_attention=preferred, **kwargs)
+        return call(*args, **kwargs)
+
+    from_network.container_function = None
+    for name, module in list(sys.modules.items()):
+        if name.startswith("comfy."):
+            for attribute in [a for a, value in vars(module).items() if value is old]:
+                monkeypatch.setattr(module, attribute, from_network)
+    return answered
+
+
+def _newest_wrapper(
+    func: Callable[..., Any], container: type, answered: Counter[str]
+) -> Callable[..., Any]:
+    """What 0.40's wrap_attn makes of an attention function."""
+
+    @wraps(func)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        preferred = kwargs.pop("preferred_attention", None)
+        boxes = args[:3] if isinstance(args[0], container) else None
+        if "_inside_attn_wrapper" not in kwargs:
+            kwargs["_inside_attn_wrapper"] = True
+            options = kwargs.get("transformer_options")
+            if options is not None and "optimized_attention_override" in options:
+                override = options["optimized_attention_override"]
+                if boxes is not None and hasattr(override, "container_function"):
+                    answered["container_function"] += 1
+                    return override.container_function(*args, **kwargs)
+                answered["override"] += 1
+                if boxes is not None:
+                    args = (*(box.take() for box in boxes), *args[3:])
+                return override(func, *args, **kwargs)
+            if preferred is not None and preferred.function is not None:
+                answered["preferred"] += 1
+                return preferred.function(*args, **kwargs)
+        if boxes is not None:
+            args = (*(box.take() for box in boxes), *args[3:])
+        answered["core"] += 1
+        return func(*args, **kwargs)
+
+    return wrapper

@@ -6,8 +6,8 @@ FasterCache weighs the difference's low and high frequencies over time; this kee
 
 from typing import Any
 
-from .. import host
 from ..calls import BranchKey, ModelCall
+from ..compiler import unrecorded
 from ..run import Run
 from .decisions import Decisions, Event
 from .mechanism import Deciding
@@ -42,7 +42,7 @@ class CfgReuse(Deciding):
             cond = executor(model, [conds[0], None], x, timestep, model_options)[0]
             return [cond, cond + difference]
         cond, uncond = executor(*args, **kwargs)
-        with host.unrecorded():
+        with unrecorded():
             self.decisions.store(call, (uncond - cond,), signature)
         return [cond, uncond]
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from .. import host
 from ..calls import CALL, ModelCall
+from ..compiler import unrecorded
 from .builtin import BuiltinEngine
 from .config import CacheConfig
 from .decisions import Event, branch_name
@@ -87,7 +87,7 @@ class OutputCache(Deciding):
         x, t = args[0], args[1]
         sigma = t.reshape(-1, *[1] * (x.ndim - 1)).to(x)
         signature = (x.shape, x.dtype, x.device)
-        with host.unrecorded():
+        with unrecorded():
             metric = x.flatten()[:: max(1, x.numel() // _SAMPLES)].clone()
         decision = self.decisions.begin(call, signature)
         if decision is None:
@@ -102,6 +102,6 @@ class OutputCache(Deciding):
             return x + sigma * self.decisions.predict(call)[0]
         denoised = executor(*args, **kwargs)
         if bool((t > 0).all()):
-            with host.unrecorded():
+            with unrecorded():
                 self.decisions.store(call, ((denoised - x) / sigma,), signature)
         return denoised

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 
 import torch
 
-from .. import host
 from ..architectures import Architecture, Binding, Stack, stack_blocks
+from ..compiler import unrecorded
 
 Streams = tuple[torch.Tensor | None, ...]
 NOTHING, FRESH, STORED = "nothing", "fresh", "stored"
@@ -170,18 +170,18 @@ class StackOverride:
     def _call(self, i: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         binding = self.blocks[i].binding
         if i == 0:
-            with host.unrecorded():
+            with unrecorded():
                 self._open(args, kwargs)
         if i >= self.front and self.reuse is None:
             self.reuse = self._decide(None)
         if self.front <= i <= self.last:
             if self.reuse:
-                with host.unrecorded():
+                with unrecorded():
                     return self._skip(i, args, kwargs)
             return self._compute(i, forward, args, kwargs)
         output = self._run(i, forward, args, kwargs)
         if i == self.front - 1 and self._input is not None:
-            with host.unrecorded():
+            with unrecorded():
                 self._measured(self._front_residual(i, binding.outputs(output)))
         return output
 
@@ -192,10 +192,10 @@ class StackOverride:
         if self._watch is None:
             return forward(*args, **kwargs)
         block = self.blocks[i]
-        with host.unrecorded():
+        with unrecorded():
             self._watch.enter(block, block.binding.read(args, kwargs))
         output = forward(*args, **kwargs)
-        with host.unrecorded():
+        with unrecorded():
             self._watch.leave(block, block.binding.outputs(output))
         return output
 
@@ -249,12 +249,12 @@ class StackOverride:
     ) -> Any:
         block = self.blocks[i]
         if self._deltas or self._before is None:
-            with host.unrecorded():
+            with unrecorded():
                 before = tuple(_clone(x) for x in block.binding.read(args, kwargs))
             if not self._deltas:
                 self._before = (i, before)
         output = self._run(i, forward, args, kwargs)
-        with host.unrecorded():
+        with unrecorded():
             if self._deltas:
                 self._add_delta(i, _difference(block.binding.outputs(output), before))
             elif i == self.last and self._before is not None:

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from .. import host
 from ..architectures import Architecture, called_modules, stack_blocks
 from ..calls import CALL, ModelCall
+from ..compiler import unrecorded
 from .blocks import adds_between, signature_of
 from .decisions import Decisions, Event, branch_name
 from .mechanism import Deciding
@@ -107,7 +107,7 @@ class DeepCache(Deciding):
                 result = forward(*args, **kwargs)
                 self._shapes[call.key, level] = result.shape
                 if level == feature_level:
-                    with host.unrecorded():
+                    with unrecorded():
                         kept["feature"] = result.clone()  # FreeU scales it in place
                 return result
 

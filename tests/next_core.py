@@ -21,7 +21,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -152,17 +152,31 @@ class Recorder:
         self.calls[-1][offence] += 1
         self.where.setdefault(offence, Counter())[block.made_at] += 1
 
-    def beyond(self, plain: "Recorder", kinds: tuple[str, ...]) -> list[str]:
-        """Offences that no call of the model alone commits as often, as sentences."""
+    def beyond(
+        self, plain: "Recorder", kinds: tuple[str, ...], *, by_size: bool = True
+    ) -> list[str]:
+        """Offences that no call of the model alone commits as often, as sentences.
+
+        by_size False: for calls on other shapes than the model alone had.
+        """
+
+        def counted(call: Counter[Offence]) -> Counter[Offence]:
+            found: Counter[Offence] = Counter()
+            for one, count in call.items():
+                found[one if by_size else replace(one, nbytes=0)] += count
+            return found
+
         allowed: Counter[Offence] = Counter()
         for call in plain.calls:
-            allowed |= call
+            allowed |= counted(call)
         found = []
         for number, call in enumerate(self.calls):
-            for offence, count in (call - allowed).items():
+            for offence, count in (counted(call) - allowed).items():
                 if offence.kind in kinds:
-                    places = ", ".join(self.where[offence])
-                    found.append(f"call {number}: {count} x {offence} made at {places}")
+                    places = [
+                        p for one in call for p in self.where[one] if one.kind == offence.kind
+                    ]
+                    found.append(f"call {number}: {count} x {offence}, made at one of {places}")
         return found
 
 

@@ -16,7 +16,7 @@ import time
 from collections import deque
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -25,6 +25,7 @@ from . import compiler, conflicts, host
 from .calls import CALL, RUN, BranchKey, ModelCall, call_options, with_options
 from .frame_room import with_room
 from .memory.watch import MemoryWatch
+from .position import Position, position_of
 from .report import RunRecord, Section, fingerprint
 
 TECHNIQUES = "slipstream"  # transformer_options key: technique name -> Technique
@@ -54,6 +55,14 @@ class State(Protocol):
 
     def close(self) -> None:
         """Drop every tensor and hook; called also after an exception or an interrupt."""
+
+
+@runtime_checkable
+class Keeps(Protocol):
+    """A State that keeps tensors between model calls."""
+
+    def forget(self) -> None:
+        """Drop what was kept: the latest evaluation is void and will be computed again."""
 
 
 class Technique(Protocol):
@@ -93,6 +102,7 @@ class Run:
         self.step = self.evaluation = -1
         self.num_calls = 0
         self.sigma = float("nan")
+        self.is_complete = False  # sampling has ended with a result
         self.notes: dict[str, int] = {}  # sentence -> how often
         self.states: dict[str, State] = {}
         self.memory: MemoryWatch | None = None  # of every run, whatever is attached
@@ -106,6 +116,11 @@ class Run:
     @property
     def num_steps(self) -> int:
         return max(len(self.sigmas) - 1, 0)
+
+    @cached_property
+    def position(self) -> Position:
+        """Where this run's steps lie in the whole schedule (a sampler may do only a part)."""
+        return position_of(self.sigmas, host.percent_to_sigma(self.patcher))
 
     @property
     def is_last_step(self) -> bool:
@@ -143,6 +158,13 @@ class Run:
         with self._lock:
             self._occurrences.clear()
 
+    def repeat_evaluation(self) -> None:
+        """The latest evaluation is void: it is computed again, without anything kept from it."""
+        for state in self.states.values():
+            if isinstance(state, Keeps):
+                state.forget()
+        self.begin_evaluation(self.sigma)
+
     def begin_call(self, options: dict[str, Any]) -> ModelCall:
         """A ModelCall for one APPLY_MODEL with these transformer_options."""
         uuids = tuple(options.get("uuids") or ())
@@ -164,6 +186,7 @@ class Run:
         """The record of this run. `samples`: what OUTER_SAMPLE returned, None if it raised."""
         if samples is not None and not _is_finite(samples):
             self.note("The result contains NaN or infinite values: the picture will be black")
+        self.is_complete = samples is not None
         sections = {name: state.section() for name, state in self.states.items()}
         return RunRecord(
             id=self.id,
@@ -175,7 +198,7 @@ class Run:
             device=str(getattr(self.patcher, "load_device", "cpu")),
             model=type(host.diffusion_model(self.patcher)).__name__,
             versions=host.versions(),
-            completed=samples is not None,
+            completed=self.is_complete,
             notes=dict(self.notes),
             sections=sections,
             result=fingerprint(samples) if samples is not None else (),

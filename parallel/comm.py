@@ -18,11 +18,12 @@ import torch
 import torch.distributed as dist
 
 from ..backends.compiler import unrecorded
+from ..backends.errors import SlipstreamError
 
 GLOO, NCCL = "gloo", "nccl"
 
 
-class TransportError(RuntimeError):
+class TransportError(SlipstreamError, RuntimeError):
     """A peer is gone, or did not answer in time."""
 
 

@@ -6,8 +6,7 @@ When to reuse is the caller's business. Whatever is made here outlives its block
 be in the memory that newer cores record for a block.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -17,6 +16,7 @@ import torch
 
 from ..architectures import Architecture, Binding, Stack, stack_blocks
 from ..compiler import unrecorded
+from ..forwards import forward_slot, overridden
 
 Streams = tuple[torch.Tensor | None, ...]
 NOTHING, FRESH, STORED = "nothing", "fresh", "stored"
@@ -59,35 +59,6 @@ def logical_stack(network: torch.nn.Module, architecture: Architecture) -> tuple
             is_last = index == len(blocks) - 1
             found.append(StackBlock(block, Binding(original, stack.carry), stack, joins, is_last))
     return tuple(found)
-
-
-@contextmanager
-def overridden(
-    forwards: Sequence[tuple[torch.nn.Module, Callable[..., Any]]],
-) -> Iterator[None]:
-    """Each module's instance-level forward, put back afterwards to what it was.
-
-    A block that was compiled in place (Module.compile) keeps its compiled call in another slot.
-    """
-    saved = []
-    try:
-        for module, forward in forwards:
-            slot = forward_slot(module)
-            saved.append((module, slot, module.__dict__.get(slot)))
-            module.__dict__[slot] = forward
-        yield
-    finally:
-        for module, slot, previous in reversed(saved):
-            if previous is None:
-                module.__dict__.pop(slot, None)
-            else:
-                module.__dict__[slot] = previous
-
-
-def forward_slot(module: torch.nn.Module) -> str:
-    """The attribute that calling `module` runs."""
-    compiled = getattr(module, "_compiled_call_impl", None) is not None
-    return "_compiled_call_impl" if compiled else "forward"
 
 
 def join(block: StackBlock, names: tuple[str, ...], streams: Streams) -> Streams:

@@ -92,5 +92,9 @@ class CacheState:
             settings=asdict(config),
         )
 
+    def forget(self) -> None:
+        """Nothing is kept any more; the run goes on, and what comes is kept anew."""
+        self.mechanism.close()
+
     def close(self) -> None:
         self.mechanism.close()

@@ -13,10 +13,10 @@ import torch
 from ..architectures import Architecture, called_modules, stack_blocks
 from ..calls import CALL, ModelCall
 from ..compiler import unrecorded
+from ..forwards import forward_slot, overridden
 from .blocks import adds_between, signature_of
 from .decisions import Decisions, Event, branch_name
 from .mechanism import Deciding
-from .stack import forward_slot, overridden
 
 Level = tuple[str, int]  # block_type, index
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 
 from ..compiler import unrecorded
+from ..errors import SlipstreamError
 from . import host
 from .blocks import Unit, hooks
 from .timing import BlockTimes
@@ -18,7 +19,7 @@ from .timing import BlockTimes
 Upcoming = Callable[[int], tuple[set[int], bool]]
 
 
-class PrefetchError(RuntimeError):
+class PrefetchError(SlipstreamError, RuntimeError):
     """Prefetch is impossible here; the message says why. Sampling goes on without it."""
 
 

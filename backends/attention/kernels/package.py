@@ -9,11 +9,13 @@ import shutil
 import sys
 from importlib import metadata
 
+from ...errors import SlipstreamError
+
 # What a wheel for another torch or CUDA raises: a symbol, a shared library, a version check.
 BROKEN = (ImportError, OSError, RuntimeError, AttributeError)
 
 
-class UnavailableError(Exception):
+class UnavailableError(SlipstreamError):
     """The package is there but not usable; its text is the reason."""
 
 

@@ -3,6 +3,7 @@
     ./test                     ruff, mypy, and every tier whose needs are met
     ./test unit host -k cache  these tiers; everything behind them goes to pytest
     ./test full                every tier with its longer matrices (tests marked `full`)
+    ./test newest              unit and host with PyPI's newest torch; in `full`, as it installs
 
 What is missing for the unit tier is installed into .venv and .slipstream, which git ignores.
 """
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import browser_home
 import comfy_home
+import newest_home
 
 comfy_home.load_pack()
 from slipstream.bench import install, setup_env  # noqa: E402
@@ -27,7 +29,11 @@ from slipstream.bench.setup_env import SetupError  # noqa: E402
 
 ROOT = comfy_home.PACK_ROOT
 TESTS = ROOT / "tests"
-TIERS = ("lint", "unit", "host", "server", "browser", "gpu")
+TIERS = ("lint", "unit", "host", "server", "browser", "newest", "gpu")
+ASKED_FOR = {
+    "newest": "installs packages: ./test newest, or ./test full",
+    "gpu": "by hand, on a CUDA device: ./test gpu",
+}
 FULL = "full"  # before the names of tiers: their longer matrices too
 ENGINE = ("torch", "safetensors", "numpy", "PIL")  # what the unit tier imports
 PIP_NAMES = {"PIL": "pillow"}
@@ -58,14 +64,15 @@ def main(arguments: Sequence[str]) -> int:
     tiers, rest = split(arguments)
     outcomes: list[Outcome] = []
     try:
-        for tier in tiers or TIERS[:-1]:
+        for tier in tiers or by_default(rest):
             print(f"== {tier}", flush=True)
             outcomes.append(run_tier(tier, rest))
     except KeyboardInterrupt:
         print("interrupted")
         return _INTERRUPTED
     if not tiers:
-        outcomes.append(Outcome("gpu", "did not run: by hand, on a CUDA device: ./test gpu"))
+        left = [tier for tier in TIERS if tier not in by_default(rest)]
+        outcomes += [Outcome(tier, f"did not run: {ASKED_FOR[tier]}") for tier in left]
     return verdict(outcomes)
 
 
@@ -76,6 +83,11 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         return tiers, ["--full", *rest]
     count = next((i for i, a in enumerate(arguments) if a not in TIERS), len(arguments))
     return list(arguments[:count]), list(arguments[count:])
+
+
+def by_default(rest: Sequence[str]) -> list[str]:
+    """Tiers of a run that names none."""
+    return [t for t in TIERS if t not in ASKED_FOR or (t == "newest" and "--full" in rest)]
 
 
 def verdict(outcomes: Sequence[Outcome]) -> int:
@@ -102,6 +114,7 @@ def run_tier(tier: str, rest: Sequence[str]) -> Outcome:
         "host": host,
         "server": server,
         "browser": browser,
+        "newest": newest,
         "gpu": gpu,
     }
     try:
@@ -168,6 +181,19 @@ def browser(rest: Sequence[str]) -> Outcome:
     return pytest_tier("browser", python, ["browser"], [], rest)
 
 
+def newest(rest: Sequence[str]) -> Outcome:
+    """The unit and host tiers with the newest torch, comfy-kitchen and comfy-aimdo."""
+    python = comfy_python()
+    try:
+        overlay, versions = newest_home.make(python)
+    except SetupError as error:
+        raise NotHere(str(error)) from error
+    print(versions, flush=True)
+    outcome = pytest_tier("newest", python, ["unit", "host"], [], rest, overlay=overlay)
+    outcome.sentence += f" ({versions})"
+    return outcome
+
+
 def gpu(rest: Sequence[str]) -> Outcome:
     """Kernels, memory and speed on a CUDA device: by hand."""
     python = engine_python()
@@ -177,12 +203,24 @@ def gpu(rest: Sequence[str]) -> Outcome:
 
 
 def pytest_tier(
-    tier: str, python: str, folders: Sequence[str], select: Sequence[str], rest: Sequence[str]
+    tier: str,
+    python: str,
+    folders: Sequence[str],
+    select: Sequence[str],
+    rest: Sequence[str],
+    *,
+    overlay: Path | None = None,
 ) -> Outcome:
-    """pytest in its own process; paths among `rest` replace the tier's folders."""
+    """pytest in its own process; paths among `rest` replace the tier's folders.
+
+    overlay: a folder of packages in front of those of `python`.
+    """
     if not any(any((TESTS / folder).glob("test_*.py")) for folder in folders):
         raise NotHere("it has no tests yet")
     env = with_tools(python, ("pytest",))
+    if overlay is not None:
+        places = (str(overlay), env.get("PYTHONPATH"))
+        env["PYTHONPATH"] = os.pathsep.join(place for place in places if place)
     options, paths = split_paths(rest)
     with tempfile.TemporaryDirectory() as folder:
         xml = Path(folder) / "result.xml"

@@ -5,7 +5,6 @@ input); the others stand for networks that newer cores may compile: there, only 
 the model alone counts.
 """
 
-import inspect
 from contextlib import nullcontext
 
 import next_core
@@ -22,7 +21,6 @@ from slipstream.backends.architectures import find
 from slipstream.backends.architectures.plans import find_plan
 from slipstream.backends.attention.apply import apply_attention
 from slipstream.backends.attention.config import AttentionConfig
-from slipstream.backends.attention.override import Override
 from slipstream.backends.offload.blocks import units_of
 from slipstream.backends.offload.lane import InOrderLane
 from slipstream.backends.offload.stream import Streamer
@@ -194,7 +192,6 @@ def test_attention_does_nothing_that_the_record_cannot_stand(
     core, monkeypatch, family, kind, newest
 ):
     if newest:
-        _needs_positional_masks(family)
         next_core.use_newest_attention(monkeypatch)
     model, plain = compiled(core, family)
     recorder, _ = run(core, with_kernel(model, *kernels(kind)), family)
@@ -362,18 +359,8 @@ def test_exchanges_keep_nothing_of_a_block_in_the_record(core, family):
 # --- attention as newer cores call it
 
 
-def _needs_positional_masks(family):
-    """Qwen-Image gives its mask by position."""
-    places = inspect.signature(Override.container_function).parameters.values()
-    if family == "qwen_image" and not any(p.kind is p.VAR_POSITIONAL for p in places):
-        names = [p.name for p in places]
-        if "mask" not in names:
-            pytest.xfail("Override.container_function takes no mask by position yet")
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_containers_for_every_model_change_nothing(core, monkeypatch, family):
-    _needs_positional_masks(family)
     model = tiny.load(family)
     ours = {
         "attention": with_kernel(model), "pab": cached(model, "pab"),

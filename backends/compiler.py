@@ -28,6 +28,8 @@ def unrecorded() -> AbstractContextManager[None]:
     inside: CUDA would be asked to free an address that it does not know, and the process aborts.
     Does nothing on a core that records nothing.
     """
+    if torch.compiler.is_compiling():  # a graph's own allocations happen when it runs
+        return nullcontext()
     pause = getattr(sys.modules.get("comfy.model_prefetch"), "pause_malloc_graph", None)
     # Core's pause is a flag, not a count: an inner one would end the outer one early.
     if pause is None or getattr(_thread, "unrecorded", False):
@@ -63,7 +65,7 @@ def turned_off(device: torch.device) -> Iterator[bool]:
 
     Yields whether that changes anything on `device`. Runs may overlap: the last one restores.
     """
-    args = getattr(sys.modules.get("comfy.cli_args"), "args", None)
+    args: Any = getattr(sys.modules.get("comfy.cli_args"), "args", None)
     if not hasattr(args, "disable_comfy_compiler"):
         yield False
         return

@@ -7,9 +7,7 @@ about ComfyUI hold for 0.33; a private name is probed, never assumed.
 import importlib.metadata
 import inspect
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -47,34 +45,6 @@ _PACKAGES = (
     "triton-windows",
     "cache-dit",
 )
-
-_thread = threading.local()  # .unrecorded: this thread is inside unrecorded()
-
-
-def unrecorded() -> AbstractContextManager[None]:
-    """Keeps what is allocated inside out of the record that ComfyUI replays for each block.
-
-    Newer cores (comfy/model_prefetch.py, 0.35 and later) record a block's allocations and give
-    them the same addresses at the next call: a tensor that outlives its block is overwritten, or
-    ends the process. Around every tensor that is kept across blocks or calls, every exchange and
-    every allocation that differs from call to call; never around a block or a model call, whose
-    own allocations belong into the record. Does nothing on a core that records nothing.
-    """
-    pause = getattr(sys.modules.get("comfy.model_prefetch"), "pause_malloc_graph", None)
-    # Core's pause is a flag, not a count: an inner one would end the outer one early.
-    if pause is None or getattr(_thread, "unrecorded", False):
-        return nullcontext()
-    return _paused(pause)
-
-
-@contextmanager
-def _paused(pause: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
-    _thread.unrecorded = True
-    try:
-        with pause():
-            yield
-    finally:
-        _thread.unrecorded = False
 
 
 def diffusion_model(patcher: Any) -> torch.nn.Module:

@@ -14,13 +14,14 @@ import os
 import threading
 import time
 from collections import deque
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from . import conflicts, host
+from . import compiler, conflicts, host
 from .calls import CALL, RUN, BranchKey, ModelCall, call_options, with_options
 from .frame_room import with_room
 from .memory.watch import MemoryWatch
@@ -44,7 +45,10 @@ _run_ids = itertools.count(1)
 
 @runtime_checkable
 class State(Protocol):
-    """What one technique keeps for one run."""
+    """What one technique keeps for one run.
+
+    With an attribute `keeps_tensors` that is true: also tensors made inside the network's forward.
+    """
 
     def section(self) -> Section:
         """The technique's part of the report; called once, when sampling is over."""
@@ -131,6 +135,12 @@ class Run:
         for name, technique in self._techniques.items():
             self.states[name] = technique.start(self)
         self.states["memory"] = self.memory
+
+    def undisturbed(self, options: dict[str, Any]) -> AbstractContextManager[None]:
+        """Around the sampling of this run; `options`: its transformer_options."""
+        keepers = [n for n, state in self.states.items() if getattr(state, "keeps_tensors", False)]
+        network, device = host.diffusion_model(self.patcher), self.patcher.load_device
+        return compiler.undisturbed(keepers, network, options, device, self.note)
 
     def note(self, sentence: str) -> None:
         """Record something the user should know; logged the first time, counted after."""
@@ -270,7 +280,8 @@ def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     samples = None
     try:
         run.start()
-        samples = with_room(partial(executor, *args, **kwargs))
+        with run.undisturbed(options):
+            samples = with_room(partial(executor, *args, **kwargs))
         return samples
     finally:
         options.pop(RUN, None)

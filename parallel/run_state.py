@@ -80,6 +80,11 @@ class ParallelRun:
             self.counts.devices = shared.devices
             self._meter = Meter(shared.pool.clock_of(shared.device))
 
+    @property
+    def keeps_tensors(self) -> bool:
+        """Whether calls are shared: what is cut and exchanged outlives blocks."""
+        return self.shared is not None
+
     # --- layout
 
     def choose(self, num_conds: int) -> Layout | None:

@@ -11,6 +11,7 @@ import torch
 
 from .. import host
 from ..calls import ModelCall
+from ..compiler import unrecorded
 from ..report import Section
 from ..run import Run
 from .config import AttentionConfig, AttentionError
@@ -188,7 +189,7 @@ class BoundCall:
             enable_gqa=options.get("enable_gqa", False), scale=options.get("scale"),
         )  # fmt: skip
         # Plans, checks and kernels of ours allocate differently from call to call.
-        with host.unrecorded():
+        with unrecorded():
             if entry is None:
                 entry, out = self._first(key, views, options, func)
             else:

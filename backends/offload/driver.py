@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
+from ..compiler import unrecorded
 from ..errors import SlipstreamError
 from . import host
 from .blocks import Unit, hooks
@@ -53,12 +54,14 @@ class BlockDriver:
     def _around(self, at: int) -> Iterator[None]:
         times = self._times
         begin = times.clock.mark() if times else None
-        self.before(at)
+        with unrecorded():
+            self.before(at)
         try:
             ready = times.clock.mark() if times else None
             yield
         finally:
-            self.after(at)
+            with unrecorded():
+                self.after(at)
         if times:
             times.add(at, begin, ready, times.clock.mark())
 

@@ -1,11 +1,10 @@
-"""What backends.host does with a core that records the memory of blocks, and with one that does
-not."""
+"""What we do with a core that records the memory of blocks, and with one that does not."""
 
 import sys
 import types
 
 import pytest
-from slipstream.backends import host
+from slipstream.backends import compiler
 
 
 class PauseFlag:
@@ -37,24 +36,24 @@ def recording_core(monkeypatch):
 
 
 def test_unrecorded_pauses_the_record_of_core(recording_core):
-    with host.unrecorded():
+    with compiler.unrecorded():
         assert recording_core.paused
     assert recording_core.calls == ["pause", "resume"]
 
 
 def test_an_inner_unrecorded_does_not_end_the_outer_one(recording_core):
-    with host.unrecorded():
-        with host.unrecorded():
+    with compiler.unrecorded():
+        with compiler.unrecorded():
             pass
         assert recording_core.paused
     assert not recording_core.paused
 
 
 def test_unrecorded_resumes_after_an_exception(recording_core):
-    with pytest.raises(KeyboardInterrupt), host.unrecorded():
+    with pytest.raises(KeyboardInterrupt), compiler.unrecorded():
         raise KeyboardInterrupt
     assert not recording_core.paused
-    with host.unrecorded():
+    with compiler.unrecorded():
         assert recording_core.paused
 
 
@@ -64,5 +63,5 @@ def test_a_core_that_records_nothing_has_nothing_to_pause(monkeypatch, module):
         monkeypatch.delitem(sys.modules, "comfy.model_prefetch", raising=False)
     else:
         monkeypatch.setitem(sys.modules, "comfy.model_prefetch", module)
-    with host.unrecorded():
+    with compiler.unrecorded():
         pass

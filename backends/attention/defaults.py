@@ -47,10 +47,20 @@ def accuracy_of(function: Attention) -> str:
 
 
 class Defaults:
-    """The defaults of one run. previous: the override found when the node was applied."""
+    """The defaults of one run.
 
-    def __init__(self, previous: Attention | None, preferred: Mapping[Place, Attention]):
-        self.previous = previous
+    previous: the override found when the node was applied; preferred: by block, the attention
+    that the checkpoint asks for; exact_only: the user asks for exact attention in spite of it.
+    """
+
+    def __init__(
+        self,
+        previous: Attention | None,
+        preferred: Mapping[Place, Attention],
+        *,
+        exact_only: bool = False,
+    ):
+        self.previous, self._exact_only = previous, exact_only
         self._target = host.override_target(previous) if previous is not None else None
         self._preferred = preferred
 
@@ -85,7 +95,9 @@ class Defaults:
 
         earlier = "" if previous is None else f"|{host.qualified_name(previous)}"
         name = f"{DEFAULT}:{self._named(func)}{earlier}"
-        return Fallback(run, name, self.accuracy(func) == EXACT)
+        is_asked_for = previous is None and func in self._preferred.values()
+        may_stay = self.accuracy(func) == EXACT or (is_asked_for and not self._exact_only)
+        return Fallback(run, name, may_stay)
 
     def _named(self, func: Attention) -> str:
         return str(getattr(self._target or func, "__name__", "default"))

@@ -49,7 +49,9 @@ class AttentionRun:
         self.schedule = Schedule(config, block_numbers(network), run.position)
         self.places = Places(network, is_compiled=self.is_compiled)
         self.preferred = host.preferred_attention(network)
-        self.defaults = Defaults(previous, by_place(network, self.preferred))
+        self.defaults = Defaults(
+            previous, by_place(network, self.preferred), exact_only=config.exact_only
+        )
         self.kept = kept_for(run.patcher, config)
         approximate, exact = order(config, kernels, policies)
         self.planner = Planner(

@@ -64,11 +64,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class Fallback:
-    """What answers a call that no kernel takes. run: it, on views; id: under which it is timed."""
+    """What answers a call that no kernel takes. run: it, on views; id: under which it is timed.
+
+    may_stay: it is exact, or what the checkpoint itself asks for in this layer, so that nothing
+    has to replace it where approximate kernels are not to be tried.
+    """
 
     run: OnViews
     id: str = DEFAULT
-    is_exact: bool = True
+    may_stay: bool = True
 
 
 class Planner:
@@ -139,7 +143,7 @@ class Planner:
     def _exact_for(self, fallback: Fallback) -> tuple[Kernel, ...]:
         """Exact kernels that may be tried; beside a kernel chosen by hand only where needed."""
         manual = self.config.policy == "manual" and self.approximate
-        return () if manual and fallback.is_exact else self.exact
+        return () if manual and fallback.may_stay else self.exact
 
     def _without_kernels(
         self,
@@ -150,7 +154,7 @@ class Planner:
         fallback: Fallback,
     ) -> torch.Tensor | None:
         """No kernel can take the call: ComfyUI's function does, if it is what was promised."""
-        if not fallback.is_exact and (shut or self.config.policy == "exact"):
+        if not fallback.may_stay and (shut or self.config.policy == "exact"):
             return self._try(entry, self.last_resort, views, check=False)
         entry.refused = bool(rejected) or shut is None
         if entry.request.device_type != "cuda" and self.config.policy != "manual":
@@ -298,11 +302,11 @@ class Planner:
         times = self._times(entry, approximate, exact, views, fallback)
         default_ms = times.get(fallback.id)
         if default_ms is None:  # the default first: nothing can be said to beat an unknown
-            return (None if fallback.is_exact or not exact else exact[0]), []
+            return (None if fallback.may_stay or not exact else exact[0]), []
         best: Kernel | None = min(
             (k for k in exact if k.id in times), key=lambda k: times[k.id], default=None
         )
-        if fallback.is_exact and (best is None or times[best.id] > GAIN[EXACT] * default_ms):
+        if fallback.may_stay and (best is None or times[best.id] > GAIN[EXACT] * default_ms):
             if best is not None:
                 entry.reasons[best.id] = _slower(best, times[best.id], DEFAULT, default_ms)
             best = None

@@ -394,6 +394,61 @@ def test_an_override_takes_a_layers_own_attention_away(core, monkeypatch):
     assert answered["preferred"] == 0
 
 
+def test_the_node_leaves_calls_to_what_the_checkpoint_prefers_there(core, monkeypatch):
+    """And says so; a kernel that is chosen for a layer answers all the same."""
+    from comfy.ldm.modules import attention
+
+    class ComfyAttention(torch.nn.Module):
+        """As ComfyUI 0.40 has it: read from the file, beside a layer's weights."""
+
+        function = None
+
+    num_own = 0
+
+    def own(*args, **kwargs):
+        nonlocal num_own
+        num_own += 1
+        boxes = isinstance(args[0], attention.AttentionTensorContainer)
+        tensors = [box.take() for box in args[:3]] if boxes else args[:3]
+        return attention.attention_pytorch.__wrapped__(*tensors, *args[3:], **kwargs)
+
+    monkeypatch.setattr(attention, "ComfyAttention", ComfyAttention, raising=False)
+    next_core.use_newest_attention(monkeypatch)
+    model = tiny.load("flux")
+    plain = tiny.sample(model, "flux", steps=STEPS, cfg=1.0)
+    for block in model.model.diffusion_model.double_blocks:
+        block.img_attn.comfy_attention = ComfyAttention()
+        block.img_attn.comfy_attention.function = own
+    num_layers = len(model.model.diffusion_model.double_blocks)
+
+    refused = with_kernel(model, FakeKernel("no", refuse="never"))
+    assert same(tiny.sample(refused, "flux", steps=STEPS, cfg=1.0), plain)
+    assert num_own == num_layers * STEPS
+    found = run_log(refused).latest().to_json()["attention"]
+    (remark,) = [s for s in found["reasons"] if "checkpoint asks for" in s]
+    assert f"{num_layers} layers" in remark
+    assert found["calls"]["comfyui:own"] == num_layers * STEPS
+    assert found["label"] == "unknown"
+
+    num_own = 0
+    exact = with_kernel(model, FakeKernel("no", refuse="never"), policy="exact")
+    tiny.sample(exact, "flux", steps=STEPS, cfg=1.0)
+    assert num_own == 0
+    kernel = FakeKernel("fast")
+    tiny.sample(patched_open(model, kernel), "flux", steps=STEPS, cfg=1.0)
+    assert kernel.num_runs > 0
+    assert num_own == 0
+
+
+def patched_open(model, kernel):
+    """Every call may be the kernel's."""
+    found, policies = table(kernel)
+    config = AttentionConfig(
+        min_tokens=0, dense_first_steps=0, dense_last_steps=0, autotune=False, probe=False
+    )
+    return apply_attention(model, config, kernels=found, policies=policies)
+
+
 def same(a, b):
     parts = (a.unbind(), b.unbind()) if getattr(a, "is_nested", False) else ((a,), (b,))
     return all(torch.equal(x, y) for x, y in zip(*parts, strict=True))

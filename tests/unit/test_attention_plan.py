@@ -36,13 +36,13 @@ def views(tokens=40, mask=None):
 class Setting:
     """A planner over fake kernels, and calls to it."""
 
-    def __init__(self, *kernels, folder=None, is_exact=True, **settings):
+    def __init__(self, *kernels, folder=None, may_stay=True, **settings):
         known, policies = fake_kernels.table(*kernels)
         config = AttentionConfig(**{"min_tokens": 0, "autotune": False, **settings})
         self.kept = Kept(Timings(folder, {}), Verdicts(folder, "model", {}))
         approximate, exact = order(config, known, policies)
         self.planner = Planner(config, approximate, exact, ComfyUIPytorch(), self.kept)
-        self.fallback = Fallback(sdpa, "default:attention_pytorch", is_exact)
+        self.fallback = Fallback(sdpa, "default:attention_pytorch", may_stay)
 
     def plan(self, call, block=BLOCK, **facts):
         request = replace(request_of(call), **facts)
@@ -139,7 +139,7 @@ def test_cancel_while_timing_ends_the_run(monkeypatch):
 
 def test_policy_exact_over_an_inexact_default_falls_to_comfyui_s_own_exact_attention():
     refused = FakeKernel("cudnn", "exact", refuse="head_dim")
-    entry, out = Setting(refused, policy="exact", is_exact=False).plan(views())
+    entry, out = Setting(refused, policy="exact", may_stay=False).plan(views())
     assert entry.kernel.id == "pytorch"
     assert torch.allclose(out, sdpa(views()), atol=1e-6)
 

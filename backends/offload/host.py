@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ..host import free_memory
 from ..memory.counters import synchronize
 from ..memory.host import forced_bytes, is_dynamic, resident_bytes, weight_bytes
 from .blocks import parts_of
@@ -200,7 +201,7 @@ def copy_rates(device: torch.device) -> tuple[float, float]:
     """
     import comfy.model_management as management
 
-    size = max(min(_CHUNK_BYTES, reusable_bytes(device) // 4), 1 << 20)
+    size = max(min(_CHUNK_BYTES, free_memory(device) // 4), 1 << 20)
     source = torch.zeros(size, dtype=torch.uint8)
     target = torch.empty(size, dtype=torch.uint8, device=device)
     pageable = _copy_rate(source, target)
@@ -220,10 +221,3 @@ def _copy_rate(source: torch.Tensor, target: torch.Tensor) -> float:
         target.copy_(source, non_blocking=True)
     synchronize(target.device)
     return _NUM_CHUNKS * source.nbytes / max(time.perf_counter() - start, 1e-9)
-
-
-def reusable_bytes(device: torch.device) -> int:
-    """Free bytes that weights may take: the device's, and what torch holds but does not use."""
-    import comfy.model_management as management
-
-    return int(management.get_free_memory(device))

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..host import free_memory
 from ..memory import counters
 from ..memory import host as memory
 from . import host
@@ -118,7 +119,7 @@ def block_costs(
 
 def room_bytes(patcher: Any, buffers: int) -> int:
     """Device memory for weights and activations now, with all conditioning on the device."""
-    free = host.reusable_bytes(patcher.load_device)
+    free = free_memory(patcher.load_device)
     return free + memory.resident_bytes(patcher) + buffers
 
 

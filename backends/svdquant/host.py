@@ -57,7 +57,9 @@ def load_svdquant(
             "variant. Update ComfyUI."
         )
     if settings.backend == "auto":
-        engine.order = measured_order(model.samples, device, engine)
+        engine.order = measured_order(
+            model.samples, device, engine, comfy.model_management.free_memory
+        )
     finish(patcher, checkpoint, engine, model)
     patcher.cached_patcher_init = (load_svdquant, (str(path), settings.to_json()))
     return patcher

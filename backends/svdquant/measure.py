@@ -17,27 +17,38 @@ from .kernels import Kernel
 from .weight import PARTS, QuantWeight, Segment
 
 log = logging.getLogger("slipstream")
+NEEDED_BYTES = 2**30  # the layer in 16 bits, its input and output, and each kernel's own copies
 NUM_ROWS = 4096  # tokens of a 1024 x 1024 image
 MAX_ERROR = 0.3  # 4-bit inputs alone cost 0.1 to 0.15
 _REPEATS = 5
 
 
 def measured_order(
-    samples: Mapping[str, QuantWeight], device: torch.device, engine: Engine
+    samples: Mapping[str, QuantWeight],
+    device: torch.device,
+    engine: Engine,
+    make_room: Callable[[int, torch.device], object],
 ) -> dict[str, tuple[str, ...]]:
-    """Precision -> kernel ids, fastest first; empty without a GPU (nothing is measured)."""
+    """Precision -> kernel ids, fastest first; empty without a GPU (nothing is measured).
+
+    make_room: asks ComfyUI for that many free bytes, since another model may fill the GPU.
+    """
     if device.type != "cuda":
         return {}
     order = {}
     for precision, weight in samples.items():
         if precision == "awq":
             continue
-        segment = _moved(weight.segments[0], device)
-        x = torch.randn(NUM_ROWS, segment.facts.num_columns, device=device, dtype=segment.dtype)
-        request = request_of(segment, device)
-        candidates = [kernel for kernel in engine.kernels if kernel.id != "reference"]
-        usable, _ = eligible(candidates, request)
-        order[precision] = fastest(usable, x, segment, engine.reasons, _cuda_seconds)
+        make_room(NEEDED_BYTES, device)
+        try:
+            segment = _moved(weight.segments[0], device)
+            columns = segment.facts.num_columns
+            x = torch.randn(NUM_ROWS, columns, device=device, dtype=segment.dtype)
+            candidates = [kernel for kernel in engine.kernels if kernel.id != "reference"]
+            usable, _ = eligible(candidates, request_of(segment, device))
+            order[precision] = fastest(usable, x, segment, engine.reasons, _cuda_seconds)
+        except torch.cuda.OutOfMemoryError:
+            log.warning("SVDQuant kernels are not measured: no GPU memory is left for it")
     return order
 
 
@@ -54,8 +65,11 @@ def fastest(
     for kernel in kernels:
         try:
             got = kernel.run(x, segment)
-        except RuntimeError as error:
-            reasons[kernel.id] = f"failed on this GPU: {error}"
+        except torch.cuda.OutOfMemoryError:  # says nothing about the kernel: it may serve later
+            log.warning("SVDQuant %s is not measured: no GPU memory is left for it", kernel.id)
+            continue
+        except Exception as error:  # noqa: BLE001 - an optional package raises anything
+            reasons[kernel.id] = f"failed on this GPU: {type(error).__name__}: {error}"
             continue
         error_ = float((got.float() - wanted.float()).norm() / wanted.float().norm())
         if not error_ < MAX_ERROR:

@@ -12,6 +12,7 @@ from .file_layers import KITCHEN, LITE, FileLayer
 from .weight import Facts, Segment
 
 FILE_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}  # of Checkpoint.dtype
+_FP16_SMALLEST = 2.0**-24
 _EMPTY_RANK = 16  # kernels want a low-rank branch: a layer without one gets zeros
 
 WithBias = tuple[Segment, "torch.Tensor | None"]
@@ -33,7 +34,7 @@ class SegmentReader:
             return tensor
         if not _finite(tensor):
             raise self.bad(name, "contains NaN or infinite values")
-        return tensor.to(self.dtype)
+        return narrowed(tensor, self.dtype)
 
     def segment(self, layer: FileLayer, *, unsigned: bool, chunks: int) -> WithBias:
         """The whole layer and its bias. unsigned: by topology, if the file does not say it;
@@ -65,7 +66,7 @@ class SegmentReader:
         return tensor
 
     def _smooth(self, layer: FileLayer, smooth: torch.Tensor) -> torch.Tensor:
-        smooth = smooth.to(self.dtype)
+        smooth = narrowed(smooth, self.dtype)
         if bool((smooth == 0).any()):
             raise self.bad(layer.name, "has zeros among its smoothing factors")
         return smooth
@@ -74,7 +75,8 @@ class SegmentReader:
         if "bias" not in layer.parts:
             return None
         bias = self._part(layer, "bias")
-        return (layouts.vector_from_file(bias) if packed else bias).to(self.dtype)
+        bias = layouts.vector_from_file(bias) if packed else bias
+        return narrowed(bias, self.dtype)
 
     def _nunchaku(self, layer: FileLayer, facts: Facts) -> WithBias:
         q = layouts.weight_from_file(self._part(layer, "q").view(torch.int8))
@@ -85,10 +87,10 @@ class SegmentReader:
             scale = layouts.blocked_from_plain(plain)
             rows = self._row_factors(layer)
         else:
-            scale = layouts.scales_from_file(scale).to(self.dtype)
+            scale = narrowed(layouts.scales_from_file(scale), self.dtype)
         if layer.rank:
-            down = layouts.down_from_file(self._part(layer, "down")).to(self.dtype)
-            up = layouts.up_from_file(self._part(layer, "up")).to(self.dtype)
+            down = narrowed(layouts.down_from_file(self._part(layer, "down")), self.dtype)
+            up = narrowed(layouts.up_from_file(self._part(layer, "up")), self.dtype)
         else:
             down = torch.zeros(layer.num_columns, _EMPTY_RANK, dtype=self.dtype)
             up = torch.zeros(layer.num_rows, _EMPTY_RANK, dtype=self.dtype)
@@ -115,8 +117,8 @@ class SegmentReader:
         if not layer.folded:
             down = down / smooth.unsqueeze(1)
         pad = (0, -down.shape[1] % 16)
-        down, up = (torch.nn.functional.pad(t.to(self.dtype), pad) for t in (down, up))
-        q, scale = q.view(torch.int8).contiguous(), scale.to(self.dtype).contiguous()
+        down, up = (torch.nn.functional.pad(narrowed(t, self.dtype), pad) for t in (down, up))
+        q, scale = q.view(torch.int8).contiguous(), narrowed(scale, self.dtype).contiguous()
         return Segment(facts, q, scale, smooth, down, up), self._bias(layer, packed=False)
 
     def _awq(self, layer: FileLayer, is_native: bool, chunks: int) -> WithBias:
@@ -133,8 +135,22 @@ class SegmentReader:
             q, bias = layouts.deinterleave(q, chunks), _modulation_bias(bias, chunks)
             scale, zeros = (layouts.deinterleave(t.t(), chunks).t() for t in (scale, zeros))
         facts = Facts("awq", 0, layer.num_rows, 0, layer.num_columns)
-        scale, zeros = (t.to(self.dtype).contiguous() for t in (scale, zeros))
+        scale, zeros = (narrowed(t, self.dtype).contiguous() for t in (scale, zeros))
         return Segment(facts, q.view(torch.int8), scale, zeros=zeros), bias
+
+
+def narrowed(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`tensor` in `dtype`; what is finite stays finite, and what is not zero does not become it.
+
+    bf16 reaches further than fp16 on both sides: real files have biases beyond 65,504, which
+    Nunchaku clamps too, and scales below fp16's smallest number, which would erase their group.
+    """
+    if tensor.dtype == dtype or dtype != torch.float16:
+        return tensor.to(dtype)
+    limits = torch.finfo(dtype)
+    narrow = tensor.clamp(limits.min, limits.max).to(dtype)
+    lost = (narrow == 0) & (tensor != 0)
+    return torch.where(lost, tensor.sign().to(dtype) * _FP16_SMALLEST, narrow)
 
 
 def _modulation_bias(bias: torch.Tensor | None, chunks: int) -> torch.Tensor | None:

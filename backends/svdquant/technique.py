@@ -10,6 +10,7 @@ from typing import Any
 
 from ..report import Section
 from .engine import Engine
+from .kernels.kitchen import release_workspaces
 from .linear import Session
 from .lora import refused_types
 
@@ -90,6 +91,7 @@ class SVDQuantState:
 
     def close(self) -> None:
         self.session.clear()
+        release_workspaces()
         if self.engine.session is self.session:
             self.engine.session = self.outer
 

@@ -7,7 +7,7 @@ import pytest
 import svdquant_models
 import torch
 from slipstream.backends.registry import reason_against
-from slipstream.backends.svdquant import kernels
+from slipstream.backends.svdquant import kernels, measure
 from slipstream.backends.svdquant.dialects import detect
 from slipstream.backends.svdquant.engine import Engine
 from slipstream.backends.svdquant.header import read_header
@@ -16,7 +16,8 @@ from slipstream.backends.svdquant.kernels import Dequant, Kitchen, Nunchaku, Ref
 from slipstream.backends.svdquant.kernels.base import LayerRequest
 from slipstream.backends.svdquant.measure import fastest
 from slipstream.backends.svdquant.quantize import quantise
-from slipstream.backends.svdquant.segments import unsigned_by_topology
+from slipstream.backends.svdquant.segments import narrowed, unsigned_by_topology
+from slipstream.backends.svdquant.technique import Loaded, SVDQuantState
 from slipstream.backends.svdquant.weight import Facts, Segment
 
 CPU = torch.device("cpu")
@@ -118,9 +119,84 @@ def test_the_fastest_right_kernel_is_taken():
     assert "slower here" in reasons["kitchen"]
     assert "relative error 1.00" in reasons["wrong"]
     assert "wrong" in reasons["nan"]
-    assert reasons["broken"] == "failed on this GPU: no kernel image"
+    assert reasons["broken"] == "failed on this GPU: RuntimeError: no kernel image"
     engine = Engine("auto", order={"int4": ("dequant", "kitchen")})
     assert engine.kernel(one, x).id == "dequant"
+
+
+@pytest.mark.parametrize("error", [ImportError("late"), TypeError("x"), AssertionError()])
+def test_whatever_an_optional_package_raises_is_a_reason(error):
+    fakes = [Fake("nunchaku", error=error), Fake("dequant")]
+    reasons = {}
+    x = torch.randn(8, 128).bfloat16()
+    assert fastest(fakes, x, segment(), reasons, lambda call: 1.0) == ("dequant",)
+    assert reasons["nunchaku"].startswith(f"failed on this GPU: {type(error).__name__}")
+
+
+def test_out_of_memory_while_measuring_brands_no_kernel():
+    fakes = [Fake("kitchen", error=torch.cuda.OutOfMemoryError("full")), Fake("dequant")]
+    reasons = {}
+    x = torch.randn(8, 128).bfloat16()
+    assert fastest(fakes, x, segment(), reasons, lambda call: 1.0) == ("dequant",)
+    assert reasons == {}
+
+
+def test_measuring_asks_comfyui_for_room_and_can_do_without(monkeypatch):
+    asked = []
+    weight = types.SimpleNamespace(segments=(segment(),))
+    monkeypatch.setattr(measure, "_moved", full)
+    order = measure.measured_order(
+        {"int4": weight}, torch.device("cuda"), Engine(), lambda *wanted: asked.append(wanted)
+    )
+    assert order == {}
+    assert asked == [(measure.NEEDED_BYTES, torch.device("cuda"))]
+
+
+def full(*args):
+    raise torch.cuda.OutOfMemoryError("full")
+
+
+def test_workspaces_of_comfy_kitchen_end_with_the_run(monkeypatch):
+    """It keeps one per token count for ever: 84 MB for each size of picture."""
+    cuda = types.ModuleType("comfy_kitchen.backends.cuda")
+    cuda._SVDQUANT_WORKSPACE_CACHE = {size: torch.zeros(8) for size in range(12)}
+    monkeypatch.setitem(sys.modules, cuda.__name__, cuda)
+    loaded = Loaded(title="t", family="flux", dialect="d", weight_bytes=1, keys=())
+    run = types.SimpleNamespace(patcher=types.SimpleNamespace(patches={}))
+    state = SVDQuantState(run, loaded, Engine())
+    assert len(cuda._SVDQUANT_WORKSPACE_CACHE) == 12
+    state.close()
+    assert cuda._SVDQUANT_WORKSPACE_CACHE == {}
+
+
+def test_the_real_comfy_kitchen_keeps_its_workspaces_where_we_look():
+    pytest.importorskip("comfy_kitchen")
+    from comfy_kitchen.backends import cuda
+
+    assert isinstance(cuda._SVDQUANT_WORKSPACE_CACHE, dict)
+
+
+@pytest.mark.parametrize(
+    ("precision", "capability", "missing"),
+    [("int4", (8, 6), "scaled_mm_svdquant_w4a4"), ("nvfp4", (12, 0), "scaled_mm_nvfp4")],
+)
+def test_a_backend_without_the_kernel_is_not_taken_for_one_that_has_it(
+    monkeypatch, precision, capability, missing
+):
+    """RDNA 2 registers hip without its matrix kernels; without cuBLASLt there is no nvfp4."""
+    kitchen = pytest.importorskip("comfy_kitchen")
+    ops = ["quantize_svdquant_w4a4", "scaled_mm_svdquant_w4a4", "quantize_nvfp4", "scaled_mm_nvfp4"]
+    status = {"available": True, "disabled": False, "capabilities": ops}
+    monkeypatch.setattr(kitchen, "list_backends", lambda: {"cuda": status})
+    layer = LayerRequest(
+        precision=precision, device_type="cuda", dtype="bfloat16", num_rows=64, num_columns=64,
+        capability=capability,
+    )  # fmt: skip
+    assert Kitchen().ineligible(layer) is None
+    ops.remove(missing)
+    assert Kitchen().ineligible(layer) == (
+        f"comfy-kitchen's cuda kernels on this GPU have no {missing}"
+    )
 
 
 def test_four_bit_kernels_pass_the_check():
@@ -197,3 +273,16 @@ def test_topology_of_unsigned_layers(checkpoint, tmp_path):
 
 def test_every_backend_has_one_id():
     assert [k.id for k in kernels.KERNELS] == ["kitchen", "nunchaku", "dequant", "reference"]
+
+
+@pytest.mark.parametrize("source", [torch.bfloat16, torch.float32])
+def test_no_cast_to_fp16_makes_infinity_or_zero(source):
+    """Real Z-Image files have biases beyond fp16, and scales of quiet groups below it."""
+    values = torch.tensor([70_000.0, -1e30, 1e-9, -1e-12, 0.0, 1.5, -65_504.0], dtype=source)
+    found = narrowed(values, torch.float16)
+    assert found.dtype == torch.float16
+    assert torch.isfinite(found).all()
+    assert torch.equal(found == 0, values == 0)
+    assert torch.equal(found.sign().float(), values.sign().float())
+    assert found[5] == 1.5
+    assert narrowed(values, torch.bfloat16).dtype == torch.bfloat16

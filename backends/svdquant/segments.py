@@ -148,7 +148,7 @@ def narrowed(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if tensor.dtype == dtype or dtype != torch.float16:
         return tensor.to(dtype)
     limits = torch.finfo(dtype)
-    narrow = tensor.clamp(limits.min, limits.max).to(dtype)
+    narrow = tensor.float().clamp(limits.min, limits.max).to(dtype)  # bf16 rounds the limit up
     lost = (narrow == 0) & (tensor != 0)
     return torch.where(lost, tensor.sign().to(dtype) * _FP16_SMALLEST, narrow)
 

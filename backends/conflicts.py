@@ -7,8 +7,10 @@ Our techniques appear under their names, ComfyUI's and other packs' features und
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from .errors import SlipstreamError
 
-class ConflictError(ValueError):
+
+class ConflictError(SlipstreamError, ValueError):
     """Two features on one MODEL that cannot work together."""
 
 

@@ -52,6 +52,13 @@ def diffusion_model(patcher: Any) -> torch.nn.Module:
     return patcher.model.diffusion_model
 
 
+def percent_to_sigma(patcher: Any) -> Callable[[float], float] | None:
+    """The schedule of a MODEL's own sampling, patches of it included; None on a stand-in."""
+    ask = getattr(patcher, "get_model_object", None)
+    sampling = ask("model_sampling") if ask is not None else None
+    return getattr(sampling, "percent_to_sigma", None)
+
+
 def wrapper_keys(patcher: Any) -> set[str]:
     """Keys of all wrappers on a MODEL: on the patcher, and in its transformer_options."""
     options = patcher.model_options.get("transformer_options", {})
@@ -152,10 +159,80 @@ def attention_function(name: str | None) -> Callable[..., torch.Tensor] | None:
     return getattr(function, "__wrapped__", function) if name else function
 
 
+def preferred_attention(
+    network: torch.nn.Module,
+) -> dict[torch.nn.Module, Callable[..., torch.Tensor]]:
+    """Attention functions that the checkpoint asks for, by the module that names them.
+
+    ComfyUI 0.40 and later: wrap_attn takes them off a call before it asks an override.
+    """
+    attention = sys.modules.get("comfy.ldm.modules.attention")
+    kind = getattr(attention, "ComfyAttention", None)
+    if kind is None:
+        return {}
+    named = ((m, m.function) for m in network.modules() if isinstance(m, kind))
+    return {module: function for module, function in named if function is not None}
+
+
+def model_file(patcher: Any) -> str | None:
+    """Name, size and date of the file that a MODEL was loaded from; None if it is not known."""
+    recipe = getattr(patcher, "cached_patcher_init", None)
+    paths = [arg for arg in recipe[1] if isinstance(arg, str)] if recipe else []
+    if not paths or not Path(paths[0]).is_file():
+        return None
+    stat = Path(paths[0]).stat()
+    return f"{Path(paths[0]).name} {stat.st_size} {stat.st_mtime_ns}"
+
+
 def qualified_name(function: Any) -> str:
-    """module.qualname of a function or of an object's class, for reports."""
+    """module.qualname of a function or of an object's class, for reports.
+
+    ComfyUI names a pack's module after its folder's path; the folder's name is enough.
+    """
     named = function if hasattr(function, "__qualname__") else type(function)
-    return f"{named.__module__}.{named.__qualname__}"
+    module = named.__module__.replace("\\", "/").rpartition("/")[2]
+    return f"{module}.{named.__qualname__}"
+
+
+def override_target(override: Any) -> Callable[..., torch.Tensor] | None:
+    """The attention function that core's ModelAttentionBackend put into its override, or None.
+
+    ModelPatcher.set_model_optimized_attention (0.33) keeps it in its closure.
+    """
+    if not inspect.isfunction(override):
+        return None
+    if "set_model_optimized_attention" not in override.__qualname__:
+        return None
+    return inspect.getclosurevars(override).nonlocals.get("optimized_attention")
+
+
+def is_interrupt(error: BaseException) -> bool:
+    """Whether `error` is the user's cancel, an exception of comfy.model_management."""
+    return any(kind.__name__ == "InterruptProcessingException" for kind in type(error).__mro__)
+
+
+def raise_if_cancelled() -> None:
+    """Raise ComfyUI's own exception if the user has cancelled the prompt."""
+    management = sys.modules.get("comfy.model_management")
+    if management is not None:
+        management.throw_exception_if_processing_interrupted()
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated, as ComfyUI counts: torch's cached blocks are free too."""
+    management = sys.modules.get("comfy.model_management")
+    if management is not None:
+        return int(management.get_free_memory(device))
+    return int(torch.cuda.mem_get_info(device)[0])
+
+
+def release_cached_memory() -> None:
+    """Hand torch's cached blocks back, after an allocation has failed."""
+    management = sys.modules.get("comfy.model_management")
+    if management is not None:
+        management.soft_empty_cache()
+    elif torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def user_folder() -> Path | None:
@@ -169,12 +246,20 @@ def user_folder() -> Path | None:
     return Path(folder_paths.get_user_directory())
 
 
+def show_text_on_running_node(text: str) -> None:
+    """Show text on the node that runs now (the sampler, inside a run)."""
+    show_text(text, getattr(_server(), "last_node_id", None))
+
+
+def _server() -> Any:
+    return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+
+
 def show_text(text: str, node_id: str | None) -> None:
     """Show text on a node while its prompt runs; does nothing without a server.
 
     The page reads it as Markdown: two spaces keep a line's end (frontend 1.49).
     """
-    server = sys.modules.get("server")
-    instance = getattr(getattr(server, "PromptServer", None), "instance", None)
+    instance = _server()
     if instance is not None and node_id is not None:
         instance.send_progress_text(text.replace("\n", "  \n"), node_id)

@@ -14,16 +14,18 @@ import os
 import threading
 import time
 from collections import deque
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from . import conflicts, host
+from . import compiler, conflicts, host
 from .calls import CALL, RUN, BranchKey, ModelCall, call_options, with_options
 from .frame_room import with_room
 from .memory.watch import MemoryWatch
+from .position import Position, position_of
 from .report import RunRecord, Section, fingerprint
 
 TECHNIQUES = "slipstream"  # transformer_options key: technique name -> Technique
@@ -43,13 +45,24 @@ _run_ids = itertools.count(1)
 
 @runtime_checkable
 class State(Protocol):
-    """What one technique keeps for one run."""
+    """What one technique keeps for one run.
+
+    With an attribute `keeps_tensors` that is true: also tensors made inside the network's forward.
+    """
 
     def section(self) -> Section:
         """The technique's part of the report; called once, when sampling is over."""
 
     def close(self) -> None:
         """Drop every tensor and hook; called also after an exception or an interrupt."""
+
+
+@runtime_checkable
+class Keeps(Protocol):
+    """A State that keeps tensors between model calls."""
+
+    def forget(self) -> None:
+        """Drop what was kept: the latest evaluation is void and will be computed again."""
 
 
 class Technique(Protocol):
@@ -89,6 +102,7 @@ class Run:
         self.step = self.evaluation = -1
         self.num_calls = 0
         self.sigma = float("nan")
+        self.is_complete = False  # sampling has ended with a result
         self.notes: dict[str, int] = {}  # sentence -> how often
         self.states: dict[str, State] = {}
         self.memory: MemoryWatch | None = None  # of every run, whatever is attached
@@ -103,6 +117,11 @@ class Run:
     def num_steps(self) -> int:
         return max(len(self.sigmas) - 1, 0)
 
+    @cached_property
+    def position(self) -> Position:
+        """Where this run's steps lie in the whole schedule (a sampler may do only a part)."""
+        return position_of(self.sigmas, host.percent_to_sigma(self.patcher))
+
     @property
     def is_last_step(self) -> bool:
         return self.step >= self.num_steps - 1
@@ -116,6 +135,12 @@ class Run:
         for name, technique in self._techniques.items():
             self.states[name] = technique.start(self)
         self.states["memory"] = self.memory
+
+    def undisturbed(self, options: dict[str, Any]) -> AbstractContextManager[None]:
+        """Around the sampling of this run; `options`: its transformer_options."""
+        keepers = [n for n, state in self.states.items() if getattr(state, "keeps_tensors", False)]
+        network, device = host.diffusion_model(self.patcher), self.patcher.load_device
+        return compiler.undisturbed(keepers, network, options, device, self.note)
 
     def note(self, sentence: str) -> None:
         """Record something the user should know; logged the first time, counted after."""
@@ -132,6 +157,13 @@ class Run:
         self.step = step_of(sigma, self.sigmas)
         with self._lock:
             self._occurrences.clear()
+
+    def repeat_evaluation(self) -> None:
+        """The latest evaluation is void: it is computed again, without anything kept from it."""
+        for state in self.states.values():
+            if isinstance(state, Keeps):
+                state.forget()
+        self.begin_evaluation(self.sigma)
 
     def begin_call(self, options: dict[str, Any]) -> ModelCall:
         """A ModelCall for one APPLY_MODEL with these transformer_options."""
@@ -154,6 +186,7 @@ class Run:
         """The record of this run. `samples`: what OUTER_SAMPLE returned, None if it raised."""
         if samples is not None and not _is_finite(samples):
             self.note("The result contains NaN or infinite values: the picture will be black")
+        self.is_complete = samples is not None
         sections = {name: state.section() for name, state in self.states.items()}
         return RunRecord(
             id=self.id,
@@ -165,7 +198,7 @@ class Run:
             device=str(getattr(self.patcher, "load_device", "cpu")),
             model=type(host.diffusion_model(self.patcher)).__name__,
             versions=host.versions(),
-            completed=samples is not None,
+            completed=self.is_complete,
             notes=dict(self.notes),
             sections=sections,
             result=fingerprint(samples) if samples is not None else (),
@@ -247,7 +280,8 @@ def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     samples = None
     try:
         run.start()
-        samples = with_room(partial(executor, *args, **kwargs))
+        with run.undisturbed(options):
+            samples = with_room(partial(executor, *args, **kwargs))
         return samples
     finally:
         options.pop(RUN, None)

@@ -97,10 +97,16 @@ def comfyui_folder() -> Path:
 
 
 def comfyui_arguments() -> dict[str, Any]:
-    """ComfyUI's command line arguments; enums as ("enum", class name, value)."""
+    """ComfyUI's command line arguments; enums as ("enum", class name, value).
+
+    A shared call has its compiler off (0.35 and later), whatever this run or an outer one has set.
+    """
     from comfy.cli_args import args
 
-    return {name: _plain(value) for name, value in vars(args).items()}
+    found = {name: _plain(value) for name, value in vars(args).items()}
+    if "disable_comfy_compiler" in found:
+        found["disable_comfy_compiler"] = True
+    return found
 
 
 def _plain(value: Any) -> Any:

@@ -7,11 +7,12 @@ so that masks and sparse kernels stay valid. Rows are [B,N,H,D] while they trave
 Source: Ulysses, arXiv 2309.14509; uneven rows and heads and replicated streams are ours.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..backends.architectures import find, whole_sequence
 from .mesh import Mesh
 from .ring import partial_attention, ring_attention
 from .shards import Arrangement, even_split, pick
@@ -138,6 +139,15 @@ class SharedAttention:
             keys=[k_plan.keys(c) for c in range(mesh.ring)], attend=partial_attention,
         )  # fmt: skip
         return out.transpose(1, 2)
+
+
+def options_of_part(
+    network: torch.nn.Module, options: Mapping[str, Any], attention: SharedAttention
+) -> dict[str, Any]:
+    """transformer_options of this rank's part of a call: ComfyUI prefetches nothing, keeps no keys
+    from call to call (each rank has its own part of them), and attention is `attention`."""
+    ours = {"optimized_attention_override": attention, "prefetch_dynamic_vbars": False}
+    return whole_sequence(find(network), {**options, **ours})
 
 
 def rows_of(

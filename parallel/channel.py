@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
+from ..backends.errors import SlipstreamError
 from .messages import Message, from_bytes, to_bytes
 
 _MAX_HEADER_BYTES = 1 << 28
 
 
-class ChannelClosed(ConnectionError):  # noqa: N818
+class ChannelClosed(SlipstreamError, ConnectionError):  # noqa: N818
     """The process at the other end is gone."""
 
 

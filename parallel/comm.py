@@ -17,10 +17,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..backends.compiler import unrecorded
+from ..backends.errors import SlipstreamError
+
 GLOO, NCCL = "gloo", "nccl"
 
 
-class TransportError(RuntimeError):
+class TransportError(SlipstreamError, RuntimeError):
     """A peer is gone, or did not answer in time."""
 
 
@@ -152,12 +155,12 @@ class Group:
         sample = next(part for part in parts if part is not None)
         sends = [0 if part is None else part.numel() for part in parts]
         wanted = [(0,) if shape is None else shape for shape in shapes]
-        flat_in = sample.new_empty(sum(sends))
+        receives = [torch.Size(shape).numel() for shape in wanted]
+        with unrecorded():  # the transport's own threads may hold both longer than a block runs
+            flat_in, flat_out = sample.new_empty(sum(sends)), sample.new_empty(sum(receives))
         for part, place in zip(parts, flat_in.split(sends), strict=True):
             if part is not None:
                 place.view(part.shape).copy_(part)
-        receives = [torch.Size(shape).numel() for shape in wanted]
-        flat_out = sample.new_empty(sum(receives))
         size = sample.element_size()
         pending = Pending(self, flat_out, wanted, flat_in)
         self.works[id(pending)] = self._call(

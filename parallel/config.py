@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..backends.errors import SlipstreamError
 from .mesh import Layout
 
 MAX_WORKERS = 64
 
 
-class ParallelError(ValueError):
+class ParallelError(SlipstreamError, ValueError):
     """A mistake in the node's settings, as one sentence with the fix in it."""
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..backends.architectures.tokens import Blocks, Name, Streams, Tok
+from ..backends.compiler import unrecorded
 from .bind import LOCAL, Bound, argument, set_argument
 from .comm import Clock
 from .mesh import Mesh
@@ -162,7 +163,8 @@ class Call:
             self._memo.clear()
             self._memo_version = self.shards.version
         if key not in self._memo:
-            self._memo[key] = make()
+            with unrecorded():
+                self._memo[key] = make()
         return self._memo[key]
 
     # --- hooks

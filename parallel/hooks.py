@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..backends.architectures.tokens import Blocks, Gather, Island
+from ..backends.compiler import unrecorded
 from .bind import LOCAL
 from .engine import Call
 
@@ -33,7 +34,8 @@ def installed(call: Call) -> Iterator[None]:
 def _hook_block(call: Call, rule: Blocks, path: str, module: torch.nn.Module) -> list[Any]:
     def before(module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
         args, kwargs = list(args), dict(kwargs)
-        call.enter_block(rule, path, module, args, kwargs)
+        with unrecorded():
+            call.enter_block(rule, path, module, args, kwargs)
         return tuple(args), kwargs
 
     def after(module: torch.nn.Module, args: Any, out: Any) -> None:
@@ -54,7 +56,8 @@ def _hook_end(call: Call) -> list[Any]:
                 return None
             args, kwargs = list(args), dict(kwargs)
             path = end.path
-            call.gather_arguments(end.args, path, module, args, kwargs, leader_only=True)
+            with unrecorded():
+                call.gather_arguments(end.args, path, module, args, kwargs, leader_only=True)
             call.finish()
             return tuple(args), kwargs
 
@@ -65,7 +68,8 @@ def _hook_end(call: Call) -> list[Any]:
             return None
         tok, parts = end.tok, [out] if end.index is None else list(out)
         at = end.index or 0
-        parts[at] = call.gather(parts[at], tok.dim, tok.streams, leader_only=True)
+        with unrecorded():
+            parts[at] = call.gather(parts[at], tok.dim, tok.streams, leader_only=True)
         call.finish()
         return parts[0] if end.index is None else tuple(parts)
 
@@ -77,7 +81,8 @@ def _hook_island(call: Call, island: Island, path: str, module: torch.nn.Module)
         if not call.is_active:
             return None
         args, kwargs = list(args), dict(kwargs)
-        call.gather_arguments(island.args, path, module, args, kwargs, leader_only=False)
+        with unrecorded():
+            call.gather_arguments(island.args, path, module, args, kwargs, leader_only=False)
         call.mark(LOCAL)
         return tuple(args), kwargs
 
@@ -85,9 +90,10 @@ def _hook_island(call: Call, island: Island, path: str, module: torch.nn.Module)
         if not call.is_active:
             return None
         call.unmark()
-        return (
-            out if island.out is None else call.cut(out, island.out, where=path, is_constant=False)
-        )
+        if island.out is None:
+            return out
+        with unrecorded():
+            return call.cut(out, island.out, where=path, is_constant=False)
 
     return [
         module.register_forward_pre_hook(before, with_kwargs=True),

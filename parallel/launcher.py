@@ -22,6 +22,7 @@ from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..backends.errors import SlipstreamError
 from .channel import Channel, ChannelClosed
 from .messages import PROTOCOL, Hello
 
@@ -32,7 +33,7 @@ _KEY_BYTES = 32
 _FOLDER = "slipstream-workers-"
 
 
-class StartFailed(RuntimeError):  # noqa: N818
+class StartFailed(SlipstreamError, RuntimeError):  # noqa: N818
     """A worker did not come up; with the end of its log."""
 
 

@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 
+from ..backends.errors import SlipstreamError
+
 BRANCH = "slipstream.parallel.branch"  # transformer_options key: set in branch 1 of a routed pair
 
 
-class Cancelled(RuntimeError):  # noqa: N818
+class Cancelled(SlipstreamError, RuntimeError):  # noqa: N818
     """The other branch failed."""
 
 

@@ -19,7 +19,7 @@ from ..backends.calls import CALL, ModelCall
 from ..backends.report import Section
 from ..backends.run import Run
 from . import block_cache
-from .attention import SharedAttention
+from .attention import SharedAttention, options_of_part
 from .bind import Bound, bind
 from .config import SequenceParallelConfig, choose_layout
 from .control import local_control
@@ -79,6 +79,11 @@ class ParallelRun:
         if shared is not None:
             self.counts.devices = shared.devices
             self._meter = Meter(shared.pool.clock_of(shared.device))
+
+    @property
+    def keeps_tensors(self) -> bool:
+        """Whether calls are shared: what is cut and exchanged outlives blocks."""
+        return self.shared is not None
 
     # --- layout
 
@@ -218,7 +223,7 @@ class ParallelRun:
         own = SharedAttention(part, call.options.get(OVERRIDE))
         local = call.with_(
             local_control(part, call.arguments),
-            {**call.options, OVERRIDE: own, "prefetch_dynamic_vbars": False},
+            options_of_part(shared.network, call.options, own),
         )
         is_judged = self.counts.shared + 1 == _JUDGED_CALL
         meter = Meter(links.clock) if is_judged else None  # reading a clock waits for the device

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from ..backends.architectures.plans import find_plan
 from ..backends.architectures.tokens import TokenPlan
-from .attention import SharedAttention
+from .attention import SharedAttention, options_of_part
 from .bind import Bound, bind
 from .bundle import receive_bundle
 from .channel import Channel, ChannelClosed
@@ -215,7 +215,7 @@ class Server:
             own = SharedAttention(call, whole.options.get(OVERRIDE))
             local = whole.with_(
                 local_control(call, whole.arguments),
-                {**whole.options, OVERRIDE: own, "prefetch_dynamic_vbars": False},
+                options_of_part(network, whole.options, own),
             )
             with installed(call):
                 try:

@@ -12,11 +12,13 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
+from ..backends.errors import SlipstreamError
+
 Streams = tuple[str, ...]
 Span = tuple[int, int]  # start, length
 
 
-class PlanError(RuntimeError):
+class PlanError(SlipstreamError, RuntimeError):
     """The live model does not do what its token plan says: this call must run on one device."""
 
 

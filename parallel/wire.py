@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 
+from ..backends.errors import SlipstreamError
 
-class Unsupported(TypeError):  # noqa: N818 - not an error: the call stays on one device
+
+class Unsupported(SlipstreamError, TypeError):  # noqa: N818 - not an error: the call stays on one device
     """A value that cannot travel, named by its path."""
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..backends.errors import SlipstreamError
 from .channel import ChannelClosed
 from .comm import TransportError
 from .launcher import Handle
@@ -22,7 +23,7 @@ log = logging.getLogger("slipstream")
 Meanwhile = Callable[[], None] | None
 
 
-class WorkerError(RuntimeError):
+class WorkerError(SlipstreamError, RuntimeError):
     """A worker failed, died or hangs: what the node shows."""
 
 

@@ -99,8 +99,9 @@ def _attention(architecture: Architecture, stack: Stack, recording: Recording) -
         if stack.attention_calls is not None and count != stack.attention_calls:
             yield f"block {index} made {count} attention calls, claimed {stack.attention_calls}"
     unseen = sum(v.num_sdpa - len(v.options) for v in recording.of(stack))
-    if stack in architecture.stacks and architecture.notes.reaches_override and unseen:
-        yield f"made {unseen} attention calls that do not reach the override"
+    claimed = stack.bypasses * len(recording.of(stack))
+    if stack in architecture.stacks and architecture.notes.reaches_override and unseen != claimed:
+        yield f"made {unseen} attention calls that do not reach the override, claimed {claimed}"
 
 
 def _ids(architecture: Architecture, stack: Stack, recording: Recording) -> Iterator[str]:

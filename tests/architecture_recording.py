@@ -15,6 +15,7 @@ from slipstream.backends.architectures import (
     Stack,
     called_modules,
     stack_blocks,
+    whole_sequence,
 )
 from torch.overrides import TorchFunctionMode
 
@@ -104,13 +105,18 @@ class _Recorder:
 def record(
     patcher: Any, family: str, architecture: Architecture, positive: Any = None
 ) -> Recording:
-    """One step of a tiny model at cfg 1, that is one model call; the patcher stays as it is."""
+    """One step of a tiny model at cfg 1, that is one model call, over the whole sequence.
+
+    The patcher stays as it is.
+    """
     import comfy.model_prefetch
 
     patcher = patcher.clone()
     recording = Recording(patcher.model.diffusion_model)
     recorder = _Recorder(recording)
-    patcher.model_options["transformer_options"]["optimized_attention_override"] = recorder.override
+    ours = {"optimized_attention_override": recorder.override}
+    options = {**patcher.model_options["transformer_options"], **ours}
+    patcher.model_options["transformer_options"] = whole_sequence(architecture, options)
     patcher.add_wrapper_with_key("diffusion_model", "guard", recorder.wrapper)
     queue = comfy.model_prefetch.make_prefetch_queue
     try:

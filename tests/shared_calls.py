@@ -13,7 +13,7 @@ import torch
 from forked_ranks import Rank, run_ranks
 from slipstream.backends.architectures.plans import find_plan
 from slipstream.backends.architectures.tokens import TokenPlan
-from slipstream.parallel.attention import SharedAttention
+from slipstream.parallel.attention import SharedAttention, options_of_part
 from slipstream.parallel.bind import bind
 from slipstream.parallel.control import LocalControl
 from slipstream.parallel.engine import Call, EarlyExit
@@ -66,6 +66,8 @@ def record(
 
 def odd_shape(family: str) -> tuple[Any, ...]:
     """The family's latent with token counts that nothing divides: 3 frames, 7 x 5 patches."""
+    if tiny.ALL[family].odd:
+        return tiny.ALL[family].odd
     shape = tiny.latent_shape(family)
     if isinstance(shape[0], int):
         return _odd(shape)
@@ -89,7 +91,7 @@ def shared(
     arguments = dict(recorded.arguments)
     if arguments.get("control") is not None:
         arguments["control"] = LocalControl(call, arguments["control"], bound.plan.control)
-    options = {"optimized_attention_override": SharedAttention(call)}
+    options = options_of_part(recorded.network, {}, SharedAttention(call))
     with installed(call):
         try:
             out = Recorded(recorded.network, arguments).run(options)

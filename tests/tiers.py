@@ -4,6 +4,7 @@
     ./test unit host -k cache  these tiers; everything behind them goes to pytest
     ./test full                every tier with its longer matrices (tests marked `full`)
     ./test kernels             real kernel packages on a CPU; in `full`, as it installs them
+    ./test newest              unit and host with PyPI's newest torch; in `full`, as it installs
 
 What is missing for the unit tier is installed into .venv and .slipstream, which git ignores.
 """
@@ -22,6 +23,7 @@ from pathlib import Path
 import browser_home
 import comfy_home
 import kernels_home
+import newest_home
 
 comfy_home.load_pack()
 from slipstream.bench import install, setup_env  # noqa: E402
@@ -29,9 +31,10 @@ from slipstream.bench.setup_env import SetupError  # noqa: E402
 
 ROOT = comfy_home.PACK_ROOT
 TESTS = ROOT / "tests"
-TIERS = ("lint", "unit", "host", "server", "browser", "kernels", "gpu")
+TIERS = ("lint", "unit", "host", "server", "browser", "kernels", "newest", "gpu")
 ASKED_FOR = {
     "kernels": "installs packages: ./test kernels, or ./test full",
+    "newest": "installs packages: ./test newest, or ./test full",
     "gpu": "by hand, on a CUDA device: ./test gpu",
 }
 FULL = "full"  # before the names of tiers: their longer matrices too
@@ -87,7 +90,8 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def by_default(rest: Sequence[str]) -> list[str]:
     """Tiers of a run that names none."""
-    return [t for t in TIERS if t not in ASKED_FOR or (t == "kernels" and "--full" in rest)]
+    longer = ("kernels", "newest") if "--full" in rest else ()
+    return [t for t in TIERS if t not in ASKED_FOR or t in longer]
 
 
 def verdict(outcomes: Sequence[Outcome]) -> int:
@@ -115,6 +119,7 @@ def run_tier(tier: str, rest: Sequence[str]) -> Outcome:
         "server": server,
         "browser": browser,
         "kernels": kernels,
+        "newest": newest,
         "gpu": gpu,
     }
     try:
@@ -191,6 +196,19 @@ def kernels(rest: Sequence[str]) -> Outcome:
     return pytest_tier("kernels", python, ["kernels"], [], rest)
 
 
+def newest(rest: Sequence[str]) -> Outcome:
+    """The unit and host tiers with the newest torch, comfy-kitchen and comfy-aimdo."""
+    python = comfy_python()
+    try:
+        overlay, versions = newest_home.make(python)
+    except SetupError as error:
+        raise NotHere(str(error)) from error
+    print(versions, flush=True)
+    outcome = pytest_tier("newest", python, ["unit", "host"], [], rest, overlay=overlay)
+    outcome.sentence += f" ({versions})"
+    return outcome
+
+
 def gpu(rest: Sequence[str]) -> Outcome:
     """Kernels, memory and speed on a CUDA device: by hand."""
     python = engine_python()
@@ -200,12 +218,24 @@ def gpu(rest: Sequence[str]) -> Outcome:
 
 
 def pytest_tier(
-    tier: str, python: str, folders: Sequence[str], select: Sequence[str], rest: Sequence[str]
+    tier: str,
+    python: str,
+    folders: Sequence[str],
+    select: Sequence[str],
+    rest: Sequence[str],
+    *,
+    overlay: Path | None = None,
 ) -> Outcome:
-    """pytest in its own process; paths among `rest` replace the tier's folders."""
+    """pytest in its own process; paths among `rest` replace the tier's folders.
+
+    overlay: a folder of packages in front of those of `python`.
+    """
     if not any(any((TESTS / folder).glob("test_*.py")) for folder in folders):
         raise NotHere("it has no tests yet")
     env = with_tools(python, ("pytest",))
+    if overlay is not None:
+        places = (str(overlay), env.get("PYTHONPATH"))
+        env["PYTHONPATH"] = os.pathsep.join(place for place in places if place)
     options, paths = split_paths(rest)
     with tempfile.TemporaryDirectory() as folder:
         xml = Path(folder) / "result.xml"

@@ -3,23 +3,26 @@
 `load(family)` gives a fresh ModelPatcher: through a file and ComfyUI's detection where a small
 file can exist (FAMILIES), else built in memory (IN_MEMORY). Random weights compare mechanisms,
 never image quality. Needs a ComfyUI, not pytest. Sizes: tiny_image.py, tiny_video.py,
-tiny_more.py.
+tiny_audio.py, tiny_more.py.
 """
 
 import functools
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import comfy_home
+import tiny_audio
 import tiny_image
 import tiny_more
 import tiny_video
 import torch
 from tiny_family import Family
 
-ALL = tiny_image.FAMILIES | tiny_video.FAMILIES | tiny_more.FAMILIES
+ALL = tiny_image.FAMILIES | tiny_video.FAMILIES | tiny_audio.FAMILIES | tiny_more.FAMILIES
 FAMILIES = tuple(name for name, family in ALL.items() if family.in_file)
 IN_MEMORY = tuple(name for name, family in ALL.items() if not family.in_file)
 
@@ -33,7 +36,7 @@ def load(family: str, *, heads: int = 1, seed: int = 0) -> Any:
     one = ALL[family]
     heads = max(heads, one.min_heads)
     if not one.in_file:
-        return in_memory(_config_class(one), one.unet(heads), seed)
+        return in_memory(_config_class(one), one.unet(heads), seed, shorten=one.shorten)
     import comfy.sd
 
     path = _file(family, heads, seed)
@@ -60,10 +63,17 @@ def write(folder: Path, family: str, *, heads: int = 1, seed: int = 0) -> Path:
     return path
 
 
-def in_memory(config_class: Any, unet_config: dict[str, Any], seed: int = 0) -> Any:
+def in_memory(
+    config_class: Any,
+    unet_config: dict[str, Any],
+    seed: int = 0,
+    *,
+    shorten: Mapping[str, int] = MappingProxyType({}),
+) -> Any:
     """A ModelPatcher of ComfyUI's own config class with a small network, filled with `seed`.
 
-    It has no `cached_patcher_init`, so no worker process can rebuild it.
+    shorten: path of a ModuleList -> how many of its modules stay. It has no `cached_patcher_init`,
+    so no worker process can rebuild it.
     """
     comfy_home.in_process()
     import comfy.model_patcher
@@ -72,6 +82,8 @@ def in_memory(config_class: Any, unet_config: dict[str, Any], seed: int = 0) -> 
     config.unet_config.update(unet_config)  # over the class's own unet_extra_config
     config.set_inference_dtype(torch.float32, None)
     model = config.get_model({}, "")
+    for path, length in shorten.items():
+        del model.diffusion_model.get_submodule(path)[length:]
     model.diffusion_model.load_state_dict(fill(model.diffusion_model, seed))
     model.diffusion_model.eval().requires_grad_(False)
     cpu = torch.device("cpu")
@@ -122,6 +134,9 @@ def text(family: str, *, tokens: int = 8, seed: int = 1) -> list[Any]:
 
     extra: dict[str, Any] = {name: randn(*shape) for name, shape in one.extra.items()}
     extra |= {name: [randn(*shape)] for name, shape in one.lists.items()}
+    for name, (count, below, *then) in one.ids.items():
+        ids = torch.randint(below, (1, count), generator=generator)
+        extra[name] = torch.cat((ids, torch.tensor([then], dtype=ids.dtype)), dim=1)
     if one.mask:  # LTX: an integer mask; a float one would be taken as an additive bias
         extra["attention_mask"] = torch.ones(1, tokens, dtype=torch.long)
     return [[randn(tokens, one.text_dim), {"pooled_output": randn(one.pooled), **extra}]]
@@ -191,6 +206,10 @@ def _zeros(shape: tuple[Any, ...]) -> Any:
 def _config_class(one: Family) -> Any:
     import comfy.supported_models
 
+    if one.config == "QwenImage21" and not hasattr(comfy.supported_models, one.config):
+        import qwen_image21
+
+        return qwen_image21.QwenImage21
     return getattr(comfy.supported_models, one.config)
 
 

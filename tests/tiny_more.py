@@ -1,5 +1,7 @@
 """Tiny models of the rarer image families. Facts: ComfyUI 0.33, comfy/model_detection.py."""
 
+from dataclasses import replace
+
 from tiny_family import TEXT, Family
 
 LATENT = (1, 16, 16, 16)
@@ -15,7 +17,33 @@ OMNIGEN = {
     "timestep_scale": 1000.0,
 }
 
+HIDREAM_O1 = Family(
+    config="HiDreamO1",
+    sizes={
+        "image_model": "hidream_o1",
+        "vision_config_overrides": {
+            "hidden_size": 32,
+            "num_heads": 2,
+            "intermediate_size": 64,
+            "depth": 2,
+        },
+    },
+    latent=(1, 3, 96, 64),
+    odd=(1, 3, 7 * 32, 5 * 32),
+    in_file=False,
+    ids={"text_input_ids": (8, 1000, 151672, 151673)},
+)
+QWEN_IMAGE21 = Family(  # a stand-in before ComfyUI 0.37: qwen_image21.py
+    config="QwenImage21",
+    sizes={"image_model": "qwen_image21", "num_layers": 4, "context_in_dim": TEXT},
+    per_head={"num_attention_heads": 1},
+    latent=(1, 64, 6, 5),
+    in_file=False,
+)
+
 FAMILIES = {
+    "qwen_image21": QWEN_IMAGE21,
+    "qwen_image21_edit": replace(QWEN_IMAGE21, lists={"reference_latents": (64, 4, 4)}),
     "aura_flow": Family(
         config="AuraFlow",
         sizes={"n_layers": 5, "n_double_layers": 2, "cond_seq_dim": TEXT, "max_seq": 256},
@@ -92,6 +120,8 @@ FAMILIES = {
         latent=(1, 128, 8, 8),
         in_file=False,
     ),
+    "hidream_o1": HIDREAM_O1,
+    "hidream_o1_edit": replace(HIDREAM_O1, lists={"reference_latents": (64, 64, 3)}),
     "pixart": Family(
         config="PixArtSigma",
         sizes={

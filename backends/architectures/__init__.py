@@ -16,6 +16,7 @@ from .data import (
     Stack,
     called_modules,
     stack_blocks,
+    whole_sequence,
 )
 from .drift import drift, inconsistencies
 from .table import ARCHITECTURES, find
@@ -34,4 +35,5 @@ __all__ = [
     "find",
     "inconsistencies",
     "stack_blocks",
+    "whole_sequence",
 ]

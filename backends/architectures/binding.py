@@ -29,9 +29,12 @@ class Binding:
         self._args = tuple((name, self.positions[name]) for name in carry.args)
         # where the streams are in what the block returns, and the other way round
         self._returned = tuple(carry.returns.index(name) for name in carry.streams)
-        self._returns: tuple[int, ...] | None = None
-        if set(carry.returns) == set(carry.streams):
-            self._returns = tuple(carry.streams.index(name) for name in carry.returns)
+        self._returns: tuple[int | None, ...] | None = None  # None: what nobody reads
+        if set(carry.returns) - set(carry.ignored) == set(carry.streams):
+            self._returns = tuple(
+                None if name in carry.ignored else carry.streams.index(name)
+                for name in carry.returns
+            )
 
     def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """The streams of a call, in the order of `carry.streams`."""
@@ -58,12 +61,12 @@ class Binding:
         return tuple([result[at] for at in self._returned])
 
     def result(self, streams: tuple[Any, ...]) -> Any:
-        """What the block returns for these streams. Needs a block without further outputs."""
+        """What the block returns for these streams; every other output must be an ignored one."""
         if self._returns is None:
             raise ValueError(f"this block also returns {', '.join(self.carry.returns)}")
         if len(self._returns) == 1:
             return streams[0]
-        return tuple([streams[at] for at in self._returns])
+        return tuple([None if at is None else streams[at] for at in self._returns])
 
 
 @functools.cache  # every run asks again for the same few classes, and inspect is slow

@@ -28,8 +28,9 @@ def drift(architecture: Architecture, network: torch.nn.Module) -> list[str]:
             continue
         listed.extend(blocks)
         found.extend(f"{name}.{stack.blocks}: {s}" for s in _signature_drift(stack, blocks))
-        if blocks and _should_take_options(architecture, stack) and not takes_options(blocks[0]):
-            found.append(f"{name}.{stack.blocks}: forward takes no transformer_options")
+        through = architecture.notes.options_through
+        if blocks and _should_take_options(architecture, stack) and not takes(blocks[0], through):
+            found.append(f"{name}.{stack.blocks}: forward takes no {through}")
     if architecture.stacks:
         found.extend(
             f"{name}: '{path}' has attention and is in no stack"
@@ -57,12 +58,10 @@ def inconsistencies(architecture: Architecture) -> Iterator[str]:
         yield f"two stacks share a block_type ({', '.join(types)})"
 
 
-def takes_options(block: torch.nn.Module) -> bool:
-    """Whether the block's forward accepts transformer_options."""
+def takes(block: torch.nn.Module, name: str) -> bool:
+    """Whether the block's forward accepts an argument of this name."""
     parameters = inspect.signature(type(block).forward).parameters
-    return "transformer_options" in parameters or any(
-        p.kind is p.VAR_KEYWORD for p in parameters.values()
-    )
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def _should_take_options(architecture: Architecture, stack: Stack) -> bool:
@@ -78,6 +77,8 @@ def _carry_inconsistencies(stack: Stack) -> Iterator[str]:
         yield f"{stack.blocks}: a stream is not among the returns {carry.returns}"
     if not set(carry.tails + carry.dropped) <= set(carry.streams):
         yield f"{stack.blocks}: tails and dropped must be streams"
+    if not set(carry.ignored) <= set(carry.returns) - set(carry.streams):
+        yield f"{stack.blocks}: what is ignored must be returned, and be no stream"
 
 
 def _signature_drift(stack: Stack, blocks: list[torch.nn.Module]) -> Iterator[str]:

@@ -15,9 +15,11 @@ PLANS: dict[str, TokenPlan] = {
 
 # Classes that a plan cannot serve, with the reason; any other class without a plan is unknown.
 REFUSED = {
+    "ACEStepTransformer2DModel": "its self attention is linear, without ComfyUI's hook",
+    "AceStepConditionGenerationModel": "its attention does not pass transformer_options",
     "ErnieImageModel": "its attention does not pass transformer_options",
-    "MochiJointDiT": "it cuts its text to a length that is known only inside the forward",
-    "AsymmDiTJoint": "it cuts its text to a length that is known only inside the forward",
+    "GeneralDIT": "it adds positions to the whole sequence between its blocks",
+    "QwenImage21Transformer2DModel": "it attends part by part, by positions in the whole sequence",
 }
 
 

@@ -1,6 +1,8 @@
 """Token plans of the other image families (ComfyUI 0.33)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from .tokens import Blocks, Gather, GatherOut, Shards, Tok, TokenPlan, boundary, ranges
@@ -95,6 +97,40 @@ HIDREAM = TokenPlan(
     heads="double_stream_blocks.0.block.attn1.num_heads",
 )
 
+# --- HiDream-O1: the text is causal and attends by itself on every rank, pixels attend to all
+
+
+@cache
+def _hidream_o1(num_text: int) -> TokenPlan:
+    """The plan for a prompt whose first `num_text` tokens do not see the pixels."""
+    everything = ("txt", "x")
+
+    def enter(shards: Shards, get: Callable[[Any], Any]) -> None:
+        if "x" not in shards.full:
+            shards.replicate("txt", num_text)
+            shards.define("x", get("x").shape[1] - num_text)
+
+    return TokenPlan(
+        blocks=(
+            Blocks(
+                path="language_model.layers.*",
+                layout=everything,
+                args={"x": Tok(1, everything), "freqs_cis": Tok(-2, everything)},
+                enter=enter,
+            ),
+        ),
+        end=Gather(path="language_model.norm", args={0: Tok(1, everything)}),
+        attention_layouts={"language_model.layers.*.self_attn": (("x",), everything)},
+        heads="text_config.num_attention_heads",
+    )
+
+
+def _for_prompt(arguments: Mapping[str, Any]) -> TokenPlan:
+    return _hidream_o1(arguments.get("ar_len") or 0)
+
+
+HIDREAM_O1 = replace(_hidream_o1(0), variant=_for_prompt)
+
 # --- AuraFlow: positions are added before the blocks
 
 AURA_FLOW = TokenPlan(
@@ -180,6 +216,7 @@ PLANS = {
     "NextDiT": LUMINA2,
     "MMDiT": AURA_FLOW,
     "HiDreamImageTransformer2DModel": HIDREAM,
+    "HiDreamO1Transformer": HIDREAM_O1,
     "SingleStreamDiT": KREA2,
     "Ideogram4Transformer2DModel": IDEOGRAM4,
     "OmniGen2Transformer2DModel": OMNIGEN2,

@@ -199,6 +199,28 @@ COGVIDEOX = TokenPlan(
     heads="blocks.0.num_heads",
 )
 
+# --- Mochi: only the text in front of its padding takes part in attention, so text stays whole
+
+
+def _enter_mochi(shards: Shards, get: Callable[[Any], Any]) -> None:
+    if "img" not in shards.full:
+        shards.define("img", get("x").shape[1])
+        shards.replicate("txt", min(get("y").shape[1], get("crop_y")))
+
+
+MOCHI = TokenPlan(
+    blocks=(
+        Blocks(
+            path="blocks.*",
+            layout=("img", "txt"),
+            args={"x": IMG, "rope_cos": Tok(0, ("img",)), "rope_sin": Tok(0, ("img",))},
+            enter=_enter_mochi,
+        ),
+    ),
+    end=Gather(path="final_layer", args={"x": IMG}),
+    replicate=("txt",),
+)
+
 PLANS = {
     "LTXVModel": LTXV,
     "LTXAVModel": LTXAV,
@@ -206,4 +228,5 @@ PLANS = {
     "MiniMaxH3Model": MINIMAX_H3,
     "Kandinsky5": KANDINSKY5,
     "CogVideoXTransformer3DModel": COGVIDEOX,
+    "AsymmDiTJoint": MOCHI,
 }

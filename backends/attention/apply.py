@@ -4,11 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from .. import host
 from ..calls import CALL, call_options, with_options
 from ..run import Run, attach, current
 from . import op
 from .config import AttentionConfig, AttentionError
-from .dispatch import Attention, AttentionRun
+from .defaults import Attention
+from .dispatch import AttentionRun
 from .kernels.base import Kernel
 from .kernels.table import KERNELS, POLICIES
 from .override import BOUND, Override
@@ -60,20 +62,37 @@ def apply_attention(
         config, previous, table, POLICIES if policies is None else policies
     )
     attach(patched, technique)
-    patched.remove_wrappers_with_key("apply_model", KEY)
-    patched.add_wrapper_with_key("apply_model", KEY, bind_call)
+    for kind, wrapper in (("apply_model", bind_call), ("predict_noise", check_evaluation)):
+        patched.remove_wrappers_with_key(kind, KEY)
+        patched.add_wrapper_with_key(kind, KEY, wrapper)
     return patched
+
+
+def check_evaluation(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    """PREDICT_NOISE wrapper: an evaluation that a kernel has made NaN is computed again."""
+    state = _state(executor.class_obj.model_options.get("transformer_options"))
+    if state is None:
+        return executor(*args, **kwargs)
+    return state.evaluate(lambda: executor(*args, **kwargs))
 
 
 def bind_call(executor: Any, *args: Any, **kwargs: Any) -> Any:
     """APPLY_MODEL wrapper: this Run's dispatcher answers for one model call, then nobody does."""
     options = call_options(args, kwargs)
-    run = current(options)
-    state = run.states.get(NAME) if run is not None else None
-    if options is None or not isinstance(state, AttentionRun):
+    state = _state(options)
+    if options is None or state is None:
         return executor(*args, **kwargs)
-    call = state.bind(options[CALL])
+    call = state.bind(options[CALL], options)
+    if not isinstance(options.get(OVERRIDE), Override):
+        state.displaced_by = host.qualified_name(options.get(OVERRIDE))
     x = kwargs["x"] if "x" in kwargs else args[0]
     new_args, new_kwargs = with_options(args, kwargs, {**options, BOUND: call})
-    with op.bound(x.device, call):
+    network = executor.class_obj.diffusion_model
+    with op.bound(x.device, call), state.places.noted(network, call):
         return executor(*new_args, **new_kwargs)
+
+
+def _state(options: dict[str, Any] | None) -> AttentionRun | None:
+    run = current(options)
+    state = run.states.get(NAME) if run is not None else None
+    return state if isinstance(state, AttentionRun) else None

@@ -4,13 +4,16 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..errors import SlipstreamError
+from .frozen import problem_with
 from .kernels.table import KERNELS
 
+AUTO = -1  # dense steps: one at either end, none in schedules of fewer than ten steps
 POLICIES = ("exact", "balanced", "fastest", "manual")
 BACKENDS = ("auto", *KERNELS)
 
 
-class AttentionError(ValueError):
+class AttentionError(SlipstreamError, ValueError):
     """A mistake in the attention node's settings, or a call that `strict` does not let pass."""
 
 
@@ -20,24 +23,27 @@ class AttentionConfig:
 
     policy: which kernels may be tried; backend: the one kernel of policy manual; strict: a call
     that must fall back is an error; dense_first_steps, dense_last_steps, dense_blocks: where
-    only exact kernels run (blocks are counted over all stacks, in the order they run);
-    min_tokens: shorter calls stay exact; probe: check accuracy against fp32 on the model's own
-    q, k, v; autotune: time the candidates; max_rel_l1, min_cos: what the probe lets pass
-    (docs/benchmarks/quality.md, "Attention", has pictures of the demo model at such errors).
-    Raises AttentionError with a sentence.
+    only exact kernels run (steps of the whole schedule, AUTO: see there; blocks are counted over
+    all stacks, in the order they run); min_tokens: shorter calls stay exact; probe: check accuracy
+    against fp32 on the model's own q, k, v; autotune: time the candidates; max_rel_l1, min_cos:
+    what the probe lets pass (docs/benchmarks/quality.md, "Attention", has pictures of the demo
+    model at such errors); freeze: name or JSON of a kernel plan to repeat (frozen.py); retune:
+    measure and check as if for the first time. Raises AttentionError with a sentence.
     """
 
     policy: str = "balanced"
     backend: str = "auto"
     strict: bool = False
-    dense_first_steps: int = 1
-    dense_last_steps: int = 1
+    dense_first_steps: int = AUTO
+    dense_last_steps: int = AUTO
     dense_blocks: str = ""
     min_tokens: int = 1024
     probe: bool = True
     autotune: bool = True
     max_rel_l1: float = 0.05
     min_cos: float = 0.995
+    freeze: str = ""
+    retune: bool = False
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
@@ -53,18 +59,25 @@ class AttentionConfig:
                 "Policy 'manual' needs a kernel in 'backend': choose one, "
                 "or set policy to 'balanced'."
             )
-        for name in ("dense_first_steps", "dense_last_steps", "min_tokens"):
-            if getattr(self, name) < 0:
-                raise AttentionError(f"{name} must be 0 or more; got {getattr(self, name)}.")
+        for name in ("dense_first_steps", "dense_last_steps"):
+            if getattr(self, name) < AUTO:
+                raise AttentionError(
+                    f"{name} must be 0 or more, or -1 for automatic; got {getattr(self, name)}."
+                )
+        if self.min_tokens < 0:
+            raise AttentionError(f"min_tokens must be 0 or more; got {self.min_tokens}.")
         if not self.max_rel_l1 >= 0:
             raise AttentionError(f"max_rel_l1 must be 0 or more; got {self.max_rel_l1}.")
         if not -1 <= self.min_cos <= 1:
             raise AttentionError(f"min_cos must be between -1 and 1; got {self.min_cos}.")
         parse_blocks(self.dense_blocks)
+        problem = problem_with(self.freeze)
+        if problem is not None:
+            raise AttentionError(problem)
 
     @property
     def exact_only(self) -> bool:
-        """Whether the settings promise an output that differs by rounding at most."""
+        """Whether the settings promise the same mathematics, with other rounding at most."""
         if self.policy == "manual":
             return KERNELS[self.backend].category == "exact"
         return self.policy == "exact"

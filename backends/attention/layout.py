@@ -98,14 +98,29 @@ def request_of(
         head_dim=head_dim,
         value_dim=views.v.shape[3],
         capability=_capability(q.device.index) if on_cuda else None,
+        device_name=_device_name(q.device.index) if on_cuda else "",
         is_hip=torch.version.hip is not None,
         mask=mask_kind,
+        mask_dims=mask_dims(mask),
         has_scale=scale is not None and abs(scale * head_dim**0.5 - 1) > 1e-6,
         low_precision=low_precision,
         want_lse=want_lse,
         dense=dense,
         capturing=on_cuda and torch.cuda.is_current_stream_capturing(),
     )
+
+
+def mask_dims(mask: torch.Tensor | None) -> str:
+    """The dims of a mask that have more than one entry: "bk" for [B,1,1,Nk], "" without a mask."""
+    if mask is None:
+        return ""
+    names = "bhqk"[-mask.ndim :]
+    return "".join(name for name, size in zip(names, mask.shape, strict=True) if size > 1)
+
+
+@cache
+def _device_name(index: int) -> str:
+    return torch.cuda.get_device_name(index)
 
 
 @cache

@@ -7,7 +7,8 @@ carries only the call; which run answers is looked up by device at run time, whe
 for the duration of one model call. An unbound op computes the default function.
 """
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -39,7 +40,12 @@ def bound(device: torch.device, call: Any) -> Iterator[None]:
 @cache
 def register() -> None:
     """Make torch.ops.slipstream.attention exist. Called when a node is applied, not at import."""
-    op = torch.library.custom_op("slipstream::attention", _attention, mutates_args=())
+    # Which kernel runs is decided anew in every step: it may not be frozen in a CUDA graph.
+    options: dict[str, Any] = {}
+    unsafe = getattr(torch.Tag, "cudagraph_unsafe", None)  # torch 2.9 and later
+    if unsafe is not None and "tags" in inspect.signature(torch.library.custom_op).parameters:
+        options["tags"] = (unsafe,)
+    op = torch.library.custom_op("slipstream::attention", _attention, mutates_args=(), **options)
     op.register_fake(_attention_shape)
 
 
@@ -69,32 +75,44 @@ def _attention(
         "skip_output_reshape": skip_output_reshape,
         "attn_precision": attn_precision,
     }
-    function = host.attention_function(default_name) or attention_plain
+    function = default_function(default_name)
     call = _bound.get(q.device)
+    if call is None:
+        return _own(function(q, k, v, heads, mask=mask, **layout, **options), q)
+    ids = {"block_type": block_type, "block_index": block_index} if block_type else {}
+    # What other overrides read: a graph carries no dict, the binding has the call's own.
+    options |= {"transformer_options": {**call.options, **ids}, "_inside_attn_wrapper": True}
+    key = call.key(q, k, mask, skip_reshape, ids, options)
+    function = call.function(key, function)
 
     def default() -> torch.Tensor:
-        previous = call.owner.previous if call is not None else None
+        previous = call.owner.defaults.previous
         if previous is not None:
             return previous(function, q, k, v, heads, mask=mask, **layout, **options)
         return function(q, k, v, heads, mask=mask, **layout, **options)
 
-    if call is None:
-        out = default()
-    else:
-        ids = {"block_type": block_type, "block_index": block_index} if block_type else {}
-        key = call.key(q, k, mask, skip_reshape, ids, options)
-        out = (
-            default()
-            if call.declines(key)
-            else call.attend(
-                key, function, q, k, v, heads, mask, skip_reshape, skip_output_reshape, options,
-                default,
-            )
-        )  # fmt: skip
-    out = out.contiguous()
-    return (
-        out.clone() if out.untyped_storage().data_ptr() == q.untyped_storage().data_ptr() else out
+    if call.declines(key):
+        return _own(default(), q)
+    out = call.attend(
+        key, function, q, k, v, heads, mask, skip_reshape, skip_output_reshape, options, default
     )
+    return _own(out, q)
+
+
+def default_function(name: str) -> Callable[..., torch.Tensor]:
+    """ComfyUI's function of this name, else its exact one; plain attention without a ComfyUI."""
+    return (
+        host.attention_function(name)
+        or host.attention_function("attention_pytorch")
+        or attention_plain
+    )
+
+
+def _own(out: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor that shares no memory with q: an op must not return its input."""
+    out = out.contiguous()
+    shares = out.untyped_storage().data_ptr() == q.untyped_storage().data_ptr()
+    return out.clone() if shares else out
 
 
 def _attention_shape(

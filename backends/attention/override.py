@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from .. import host
-from .dispatch import Attention, BoundCall, block_id
+from .defaults import Attention
+from .dispatch import BoundCall
+from .places import NO_PLACE, place_in
 
 BOUND = "slipstream.attention.call"  # transformer_options key: the BoundCall of this model call
 
@@ -44,6 +46,7 @@ class Override:
         key = None
         if call is not None and not call.inside:
             key = call.key(q, k, mask, skip_reshape, options, kwargs)
+            func = call.function(key, func)
             if call.declines(key):
                 key = None
         if key is None and self.previous is None:  # most calls: nothing is built on the way
@@ -99,7 +102,8 @@ class Override:
         options: dict[str, Any],
         kwargs: dict[str, Any],
     ) -> torch.Tensor:
-        block_type, index = block_id(options) or ("", 0)
+        place = place_in(options, None)
+        block_type, index = ("", 0) if place == NO_PLACE else place
         return torch.ops.slipstream.attention(
             q, k, v, mask, heads, skip_reshape, skip_output_reshape, kwargs.get("scale"),
             kwargs.get("enable_gqa", False),
@@ -107,24 +111,38 @@ class Override:
             block_type, index, func.__name__,
         )  # fmt: skip
 
-    def container_function(self, q: Any, k: Any, v: Any, heads: int, **kwargs: Any) -> Any:
-        """MiniMax-H3's calls: q, k, v in containers that their consumer empties early.
+    def container_function(
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        heads: int,
+        mask: torch.Tensor | None = None,
+        attn_precision: Any = None,
+        skip_reshape: bool = False,
+        skip_output_reshape: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Calls with q, k, v in containers that their consumer empties early.
 
-        A call that is known to be ComfyUI's own keeps its containers; the others are unpacked.
+        MiniMax-H3 makes them, from ComfyUI 0.40 on every model. A call that is known to be
+        ComfyUI's own keeps its containers; the others are unpacked.
         """
         function = host.attention_function(None)
         assert function is not None
+        layout = {
+            "mask": mask, "attn_precision": attn_precision, "skip_reshape": skip_reshape,
+            "skip_output_reshape": skip_output_reshape,
+        }  # fmt: skip
         options = kwargs.get("transformer_options") or {}
         call: BoundCall | None = options.get(BOUND)
-        if self.previous is None and (call is None or call.inside):
-            return function(q, k, v, heads, **kwargs)
-        if self.previous is None and call is not None:
+        compiling = torch.compiler.is_compiling()
+        if self.previous is None and not compiling and (call is None or call.inside):
+            return function(q, k, v, heads, **layout, **kwargs)
+        if self.previous is None and not compiling and call is not None:
             ordinals = dict(call.ordinals)
-            key = call.key(
-                q.peek(), k.peek(), kwargs.get("mask"), kwargs.get("skip_reshape", False),
-                options, kwargs,
-            )  # fmt: skip
+            key = call.key(q.peek(), k.peek(), mask, skip_reshape, options, kwargs)
             if call.declines(key):
-                return function(q, k, v, heads, **kwargs)
+                return call.function(key, function)(q, k, v, heads, **layout, **kwargs)
             call.ordinals = ordinals  # the same call comes again, with tensors
-        return self(function, q.take(), k.take(), v.take(), heads, **kwargs)
+        return self(function, q.take(), k.take(), v.take(), heads, **layout, **kwargs)

@@ -3,37 +3,67 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .config import AttentionConfig, parse_blocks
+from ..position import Position
+from .config import AUTO, AttentionConfig, parse_blocks
 from .kernels.base import APPROXIMATE, EXACT, Kernel
 from .request import BlockKey, Request
 
 SCHEDULED_STEP = "This step is scheduled for exact kernels (dense_first_steps, dense_last_steps)"
+DENSE_STEPS, FEW_STEPS = 1, 10  # AUTO: this many at either end, none of fewer steps than that
 SCHEDULED_BLOCK = "This block is listed in dense_blocks: exact kernels only"
 ON_CPU = "The model runs on {}: attention kernels need a CUDA or ROCm GPU"
 
 
 @dataclass(frozen=True)
 class BlockNumbers:
-    """Numbers blocks over all stacks in execution order. starts: block type -> first number."""
+    """Numbers blocks over all stacks in execution order. starts: block type -> first number.
+
+    Empty where the blocks are not known, or are levels of a U-Net: each counts by its own index.
+    """
 
     starts: Mapping[str, int]
 
-    def number(self, key: BlockKey) -> int:
-        """The number `dense_blocks` means; without block ids, the call's place in the model."""
+    def number(self, key: BlockKey) -> int | None:
+        """The number `dense_blocks` means; None for a block that is in no stack (a refiner's)."""
         if key.block_type == "call":
-            return key.ordinal
-        return self.starts.get(key.block_type, 0) + key.block_index
+            return key.ordinal if not self.starts else None
+        if not self.starts:
+            return key.block_index
+        start = self.starts.get(key.block_type)
+        return None if start is None else start + key.block_index
 
 
 class Schedule:
-    """Where only exact kernels run."""
+    """Where only exact kernels run: steps at either end of the whole schedule, and blocks."""
 
-    def __init__(self, config: AttentionConfig, numbers: BlockNumbers):
-        self._first, self._last = config.dense_first_steps, config.dense_last_steps
+    def __init__(self, config: AttentionConfig, numbers: BlockNumbers, position: Position):
+        auto = DENSE_STEPS if position.whole >= FEW_STEPS else 0
+        first, last = config.dense_first_steps, config.dense_last_steps
+        self._first = auto if first == AUTO else first
+        self._last = auto if last == AUTO else last
+        self._position = position
         self._blocks, self._numbers = parse_blocks(config.dense_blocks), numbers
 
-    def dense_step(self, step: int, num_steps: int) -> bool:
-        return step < self._first or step >= num_steps - self._last
+    def dense_step(self, step: int) -> bool:
+        position = self._position
+        return position.from_start(step) < self._first or position.from_end(step) < self._last
+
+    def sentence(self) -> str:
+        """'steps 0 and 19 exact by schedule', or ''."""
+        dense = [i for i in range(self._position.num_steps) if self.dense_step(i)]
+        if not dense:
+            return ""
+        if len(dense) == self._position.num_steps:
+            return "all steps exact by schedule"
+        runs = [i for i in dense if i - 1 not in dense]
+        parts = []
+        for start in runs:
+            end = start
+            while end + 1 in dense:
+                end += 1
+            parts.append(f"{start}" if start == end else f"{start}-{end}")
+        word = "step" if len(dense) == 1 else "steps"
+        return f"{word} {' and '.join(parts)} exact by schedule"
 
     def dense_block(self, key: BlockKey) -> bool:
         return bool(self._blocks) and self._numbers.number(key) in self._blocks
@@ -52,16 +82,14 @@ def order(
     config: AttentionConfig, kernels: Mapping[str, Kernel], policies: Mapping[str, Sequence[str]]
 ) -> tuple[tuple[Kernel, ...], tuple[Kernel, ...]]:
     """(approximate, exact) kernels that the policy of `config` may try, best guess first."""
-    if config.policy == "manual":
-        kernel = kernels[config.backend]
-        if kernel.category == APPROXIMATE:
-            return (kernel,), ()
-        return (), (kernel,)
-    names = [n for n in policies[config.policy] if n in kernels]
-    approximate = tuple(kernels[n] for n in names if kernels[n].category == APPROXIMATE)
     exact = tuple(kernels[n] for n in policies["exact"] if n in kernels)
     assert all(k.category == EXACT for k in exact)
-    return approximate, exact
+    if config.policy == "manual":
+        kernel = kernels[config.backend]
+        # Beside an approximate kernel: for calls that are to be exact where the default is not.
+        return ((kernel,), exact) if kernel.category == APPROXIMATE else ((), (kernel,))
+    names = [n for n in policies[config.policy] if n in kernels]
+    return tuple(kernels[n] for n in names if kernels[n].category == APPROXIMATE), exact
 
 
 def closed(

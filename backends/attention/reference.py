@@ -1,12 +1,15 @@
 """Attention in fp32 on some query rows, and how far another result is from it.
 
-One head at a time: all heads of a long video at once would need gigabytes of scores (256 rows x
-75,600 keys x 40 heads: 3.1 GB; one head: 77 MB).
+As many heads at a time as a bounded slice of scores holds: all heads of a long video would need
+gigabytes (256 rows x 75,600 keys x 40 heads: 3.1 GB; one head: 77 MB), while one at a time is a
+dozen launches for each of a short image's heads.
 """
 
 import math
 
 import torch
+
+SCORES_BYTES = 128 * 2**20
 
 
 def evenly_spaced_rows(num_tokens: int, num_rows: int, device: torch.device) -> torch.Tensor:
@@ -36,15 +39,21 @@ def reference_rows(
     out = q.new_empty((batch, heads, len(rows), v.shape[-1]), dtype=torch.float32)
     if mask is not None:
         mask = mask.expand(batch, heads, q_tokens, k.shape[2])
+    # Scores, and keys and values in fp32: what one k/v head and its group of q heads take.
+    row_bytes = 4 * k.shape[2] * (group * len(rows) + head_dim + v.shape[-1])
+    num_kv = max(1, SCORES_BYTES // row_bytes)
     for b in range(batch):
-        for h in range(heads):
-            scores = (q[b, h, rows].float() * scale) @ k[b, h // group].float().T
+        for first in range(0, k.shape[1], num_kv):
+            keys, values = (x[b, first : first + num_kv, None].float() for x in (k, v))
+            some = slice(first * group, (first + num_kv) * group)
+            queries = q[b, some][:, rows].float().unflatten(0, (-1, group)) * scale
+            scores = queries @ keys.transpose(-1, -2)  # [G,group,rows,Nk]
             if mask is not None:
-                scores = _masked(scores, mask[b, h, rows])
+                scores = _masked(scores, mask[b, some][:, rows].unflatten(0, (-1, group)))
             weights = torch.softmax(scores, -1)
             if mask is not None:
                 weights = weights.nan_to_num_(0.0)
-            out[b, h] = weights @ v[b, h // group].float()
+            out[b, some] = (weights @ values).flatten(0, 1)
     return out
 
 

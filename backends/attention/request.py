@@ -27,12 +27,14 @@ class BlockKey(NamedTuple):
 class Request:
     """One call, as the eligibility rules see it.
 
-    device_type: torch's; capability: CUDA compute capability or None; is_hip: ROCm, which torch
-    shows as cuda with SM-shaped capabilities; dtype: torch's name without the prefix; batch,
-    heads, kv_heads, q_tokens, k_tokens, head_dim: sizes; value_dim: head_dim of v, None if the
-    same; mask: none, bool or bias; has_scale: a scale other than head_dim ** -0.5; low_precision:
-    the caller allows it; want_lse: the caller needs the log-sum-exp; dense: the schedule wants an
-    exact kernel here; capturing: inside a CUDA graph capture.
+    device_type: torch's; device_name: the GPU's product name, "" elsewhere; capability: CUDA
+    compute capability or None; is_hip: ROCm, which torch shows as cuda with SM-shaped
+    capabilities; dtype: torch's name without the prefix; batch, heads, kv_heads, q_tokens,
+    k_tokens, head_dim: sizes; value_dim: head_dim of v, None if the same; mask: none, bool or
+    bias; mask_dims: which of its dims are not broadcast, of "bhqk"; has_scale: a scale other than
+    head_dim ** -0.5; low_precision: the caller allows it; want_lse: the caller needs the
+    log-sum-exp; dense: the schedule wants an exact kernel here; capturing: inside a CUDA graph
+    capture.
     """
 
     device_type: str
@@ -46,7 +48,9 @@ class Request:
     value_dim: int | None = None
     capability: tuple[int, int] | None = None
     is_hip: bool = False
+    device_name: str = ""
     mask: str = MASK_NONE
+    mask_dims: str = ""
     has_scale: bool = False
     low_precision: bool = True
     want_lse: bool = False

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from ..architectures import Architecture, stack_blocks
-from ..calls import CALL, ModelCall
+from ..architectures import Architecture, stack_blocks, whole_sequence
+from ..calls import CALL, ModelCall, with_options
 from ..run import Run
 from .borders import BorderCheck
 from .decisions import Decision, Decisions, Event, branch_name
@@ -68,6 +68,9 @@ class BlockCache(Deciding):
         between = self._between
         if between == NOTHING and adds_between(args, kwargs, options):
             between = FRESH
+        if self._architecture.notes.whole_sequence:
+            options = whole_sequence(self._architecture, options)
+            args, kwargs = with_options(args, kwargs, options)
         one = _OneCall(self, call, blocks, decision, between)
         output = one.run(executor, args, kwargs)
         if one.override.num_skipped and not one.override.applied:

@@ -13,6 +13,7 @@ import torch
 
 from ..attention.request import BlockKey
 from ..calls import CALL, BranchKey, ModelCall, with_options
+from ..compiler import unrecorded
 from ..run import Run
 from .config import CacheConfig
 from .decisions import Decision, Decisions, Event, branch_name
@@ -113,7 +114,8 @@ class Broadcast:
         if layer not in self._chosen or not near:
             self._kept.pop(layer, None)
             return
-        self._kept[layer] = _Kept(output.clone(), call.evaluation, query)
+        with unrecorded():
+            self._kept[layer] = _Kept(output.clone(), call.evaluation, query)
         held = sum(k.output.numel() * k.output.element_size() for k in self._kept.values())
         self.peak_bytes = max(self.peak_bytes, held)
 

@@ -7,6 +7,7 @@ FasterCache weighs the difference's low and high frequencies over time; this kee
 from typing import Any
 
 from ..calls import BranchKey, ModelCall
+from ..compiler import unrecorded
 from ..run import Run
 from .decisions import Decisions, Event
 from .mechanism import Deciding
@@ -41,7 +42,8 @@ class CfgReuse(Deciding):
             cond = executor(model, [conds[0], None], x, timestep, model_options)[0]
             return [cond, cond + difference]
         cond, uncond = executor(*args, **kwargs)
-        self.decisions.store(call, (uncond - cond,), signature)
+        with unrecorded():
+            self.decisions.store(call, (uncond - cond,), signature)
         return [cond, uncond]
 
     def _call(self, conds: Any, options: dict[str, Any]) -> ModelCall:

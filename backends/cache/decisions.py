@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..calls import BranchKey, ModelCall
+from ..compiler import unrecorded
 from ..run import Run
 from .engine import Engine, Streams
 from .schedule import COMPUTE, REUSE, Schedule
@@ -109,13 +110,13 @@ class Decisions:
 
     def ask(self, call: ModelCall, metric: torch.Tensor | None) -> Decision:
         """The decision for a call that `begin` left open. metric None: it could not be had."""
-        with self._lock:
+        with self._lock, unrecorded():
             answer = self.engine.ask(call.key, metric)
             return self._settle(call, Decision(answer.reuse, answer.diff, answer.reason))
 
     def observe(self, call: ModelCall, reuse: bool, metric: torch.Tensor) -> None:
         """Hand the engine the metric of a decided call."""
-        with self._lock:
+        with self._lock, unrecorded():
             self.engine.observe(call.key, reuse, metric)
 
     def wants_metric(self, call: ModelCall) -> bool:
@@ -126,13 +127,13 @@ class Decisions:
 
     def store(self, call: ModelCall, residual: Streams, signature: Signature) -> None:
         """Keep the residual of a computed call."""
-        with self._lock:
+        with self._lock, unrecorded():
             self.engine.store(call.key, residual)
             self._held[call.key] = _Held(signature, call.evaluation)
 
     def predict(self, call: ModelCall) -> Streams:
         """The residual for a reused call."""
-        with self._lock:
+        with self._lock, unrecorded():
             gap = call.evaluation - self._held[call.key].computed_at
             static = self.schedule.mask is not None and self.schedule.static
             extrapolate = self.is_monotone and not (static and gap > _MAX_STATIC_GAP)

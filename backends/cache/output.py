@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..calls import CALL, ModelCall
+from ..compiler import unrecorded
 from .builtin import BuiltinEngine
 from .config import CacheConfig
 from .decisions import Event, branch_name
@@ -86,7 +87,8 @@ class OutputCache(Deciding):
         x, t = args[0], args[1]
         sigma = t.reshape(-1, *[1] * (x.ndim - 1)).to(x)
         signature = (x.shape, x.dtype, x.device)
-        metric = x.flatten()[:: max(1, x.numel() // _SAMPLES)].clone()
+        with unrecorded():
+            metric = x.flatten()[:: max(1, x.numel() // _SAMPLES)].clone()
         decision = self.decisions.begin(call, signature)
         if decision is None:
             decision = self.decisions.ask(call, metric)
@@ -100,5 +102,6 @@ class OutputCache(Deciding):
             return x + sigma * self.decisions.predict(call)[0]
         denoised = executor(*args, **kwargs)
         if bool((t > 0).all()):
-            self.decisions.store(call, ((denoised - x) / sigma,), signature)
+            with unrecorded():
+                self.decisions.store(call, ((denoised - x) / sigma,), signature)
         return denoised

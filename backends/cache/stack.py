@@ -2,11 +2,11 @@
 
 ComfyUI's own loop stays in charge, so ControlNet adds, patches and block indices are what they
 are. A reused call's middle blocks hand their input on, and the last of them adds the residual.
-Torch and the architecture data only; when to reuse is the caller's business.
+When to reuse is the caller's business. Whatever is made here outlives its block, so none of it may
+be in the memory that newer cores record for a block.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -15,6 +15,8 @@ from typing import Any, Protocol
 import torch
 
 from ..architectures import Architecture, Binding, Stack, stack_blocks
+from ..compiler import unrecorded
+from ..forwards import forward_slot, overridden
 
 Streams = tuple[torch.Tensor | None, ...]
 NOTHING, FRESH, STORED = "nothing", "fresh", "stored"
@@ -57,35 +59,6 @@ def logical_stack(network: torch.nn.Module, architecture: Architecture) -> tuple
             is_last = index == len(blocks) - 1
             found.append(StackBlock(block, Binding(original, stack.carry), stack, joins, is_last))
     return tuple(found)
-
-
-@contextmanager
-def overridden(
-    forwards: Sequence[tuple[torch.nn.Module, Callable[..., Any]]],
-) -> Iterator[None]:
-    """Each module's instance-level forward, put back afterwards to what it was.
-
-    A block that was compiled in place (Module.compile) keeps its compiled call in another slot.
-    """
-    saved = []
-    try:
-        for module, forward in forwards:
-            slot = forward_slot(module)
-            saved.append((module, slot, module.__dict__.get(slot)))
-            module.__dict__[slot] = forward
-        yield
-    finally:
-        for module, slot, previous in reversed(saved):
-            if previous is None:
-                module.__dict__.pop(slot, None)
-            else:
-                module.__dict__[slot] = previous
-
-
-def forward_slot(module: torch.nn.Module) -> str:
-    """The attribute that calling `module` runs."""
-    compiled = getattr(module, "_compiled_call_impl", None) is not None
-    return "_compiled_call_impl" if compiled else "forward"
 
 
 def join(block: StackBlock, names: tuple[str, ...], streams: Streams) -> Streams:
@@ -168,16 +141,19 @@ class StackOverride:
     def _call(self, i: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         binding = self.blocks[i].binding
         if i == 0:
-            self._open(args, kwargs)
+            with unrecorded():
+                self._open(args, kwargs)
         if i >= self.front and self.reuse is None:
             self.reuse = self._decide(None)
         if self.front <= i <= self.last:
             if self.reuse:
-                return self._skip(i, args, kwargs)
+                with unrecorded():
+                    return self._skip(i, args, kwargs)
             return self._compute(i, forward, args, kwargs)
         output = self._run(i, forward, args, kwargs)
         if i == self.front - 1 and self._input is not None:
-            self._measured(self._front_residual(i, binding.outputs(output)))
+            with unrecorded():
+                self._measured(self._front_residual(i, binding.outputs(output)))
         return output
 
     def _run(
@@ -187,9 +163,11 @@ class StackOverride:
         if self._watch is None:
             return forward(*args, **kwargs)
         block = self.blocks[i]
-        self._watch.enter(block, block.binding.read(args, kwargs))
+        with unrecorded():
+            self._watch.enter(block, block.binding.read(args, kwargs))
         output = forward(*args, **kwargs)
-        self._watch.leave(block, block.binding.outputs(output))
+        with unrecorded():
+            self._watch.leave(block, block.binding.outputs(output))
         return output
 
     def _open(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -242,17 +220,19 @@ class StackOverride:
     ) -> Any:
         block = self.blocks[i]
         if self._deltas or self._before is None:
-            before = tuple(_clone(x) for x in block.binding.read(args, kwargs))
+            with unrecorded():
+                before = tuple(_clone(x) for x in block.binding.read(args, kwargs))
             if not self._deltas:
                 self._before = (i, before)
         output = self._run(i, forward, args, kwargs)
-        if self._deltas:
-            self._add_delta(i, _difference(block.binding.outputs(output), before))
-        elif i == self.last and self._before is not None:
-            start, before = self._before
-            before = self._carried(start, i, before)
-            self.residual = _difference(block.binding.outputs(output), before)
-            self.stored_at, self._before = i, None
+        with unrecorded():
+            if self._deltas:
+                self._add_delta(i, _difference(block.binding.outputs(output), before))
+            elif i == self.last and self._before is not None:
+                start, before = self._before
+                before = self._carried(start, i, before)
+                self.residual = _difference(block.binding.outputs(output), before)
+                self.stored_at, self._before = i, None
         return output
 
     def _add_delta(self, i: int, delta: Streams) -> None:

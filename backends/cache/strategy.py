@@ -33,6 +33,7 @@ AUTO_SCM_BELOW = 8
 # trained demo model, twice the threshold of cache_ratio 0.5 reuses 11 of 20 evaluations instead of
 # 8 and stays above 40 dB (docs/benchmarks/quality.md, "Threshold against streak").
 EXTRAPOLATED_THRESHOLD = 2.0
+WHOLE_CALL_STRATEGIES = ("output", "fastercache-cfg")  # they work around the network's forward
 _COMPARING = ("cache-dit", "fbcache", "taylorseer", "teacache")
 
 
@@ -95,7 +96,7 @@ def choose(config: CacheConfig, model: Model, num_steps: int) -> str:
 
 def refusal(strategy: str, model: Model, num_steps: int) -> str | None:
     """Why this strategy cannot be had here, with the fix, or None."""
-    if strategy in ("output", "fastercache-cfg"):
+    if strategy in WHOLE_CALL_STRATEGIES:
         return None
     if model.is_compiled:
         return (

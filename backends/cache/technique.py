@@ -11,7 +11,7 @@ from .config import CacheConfig
 from .decisions import Decider
 from .mechanism import Mechanism
 from .section import section, zero_reuse_sentence
-from .strategy import choose, look_at, make_mechanism, settle
+from .strategy import WHOLE_CALL_STRATEGIES, choose, look_at, make_mechanism, settle
 
 NAME = "cache"
 _NO_THRESHOLD = ("scm", "deepcache", "pab", "fastercache-cfg")
@@ -47,6 +47,11 @@ class CacheState:
         if config.strategy == "auto" and strategy == "output":
             why = "torch.compile made it one graph" if model.is_compiled else "no block stack known"
             run.note(f"Cache strategy output for {model.name}: {why}")
+
+    @property
+    def keeps_tensors(self) -> bool:
+        """Whether they are made inside the network's forward: see Run.undisturbed."""
+        return self.config.strategy not in WHOLE_CALL_STRATEGIES
 
     def call(
         self, kind: str, executor: Any, args: Any, kwargs: dict[str, Any], options: Any
@@ -86,6 +91,10 @@ class CacheState:
             num_evaluations=run.evaluation + 1,
             settings=asdict(config),
         )
+
+    def forget(self) -> None:
+        """Nothing is kept any more; the run goes on, and what comes is kept anew."""
+        self.mechanism.close()
 
     def close(self) -> None:
         self.mechanism.close()

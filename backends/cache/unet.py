@@ -12,10 +12,11 @@ import torch
 
 from ..architectures import Architecture, called_modules, stack_blocks
 from ..calls import CALL, ModelCall
+from ..compiler import unrecorded
+from ..forwards import forward_slot, overridden
 from .blocks import adds_between, signature_of
 from .decisions import Decisions, Event, branch_name
 from .mechanism import Deciding
-from .stack import forward_slot, overridden
 
 Level = tuple[str, int]  # block_type, index
 
@@ -106,7 +107,8 @@ class DeepCache(Deciding):
                 result = forward(*args, **kwargs)
                 self._shapes[call.key, level] = result.shape
                 if level == feature_level:
-                    kept["feature"] = result.clone()  # FreeU scales it in place
+                    with unrecorded():
+                        kept["feature"] = result.clone()  # FreeU scales it in place
                 return result
 
             return record

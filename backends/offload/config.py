@@ -3,12 +3,13 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..errors import SlipstreamError
 from ..memory.section import GIB
 
 MODES = ("auto", "speed", "memory", "manual", "off")
 
 
-class OffloadError(ValueError):
+class OffloadError(SlipstreamError, ValueError):
     """A setting that this model, device or ComfyUI cannot follow; the message says what to do."""
 
 

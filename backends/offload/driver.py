@@ -9,6 +9,8 @@ from contextlib import contextmanager
 
 import torch
 
+from ..compiler import unrecorded
+from ..errors import SlipstreamError
 from . import host
 from .blocks import Unit, hooks
 from .timing import BlockTimes
@@ -17,7 +19,7 @@ from .timing import BlockTimes
 Upcoming = Callable[[int], tuple[set[int], bool]]
 
 
-class PrefetchError(RuntimeError):
+class PrefetchError(SlipstreamError, RuntimeError):
     """Prefetch is impossible here; the message says why. Sampling goes on without it."""
 
 
@@ -52,12 +54,14 @@ class BlockDriver:
     def _around(self, at: int) -> Iterator[None]:
         times = self._times
         begin = times.clock.mark() if times else None
-        self.before(at)
+        with unrecorded():
+            self.before(at)
         try:
             ready = times.clock.mark() if times else None
             yield
         finally:
-            self.after(at)
+            with unrecorded():
+                self.after(at)
         if times:
             times.add(at, begin, ready, times.clock.mark())
 

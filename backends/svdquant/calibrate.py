@@ -92,6 +92,8 @@ class CalibrateTechnique:
 class CalibrateState:
     """One run's statistics."""
 
+    keeps_tensors = True
+
     def __init__(self, technique: CalibrateTechnique, network: torch.nn.Module):
         self.technique = technique
         self.modules = {name: network.get_submodule(name) for name in technique.layers}

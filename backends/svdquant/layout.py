@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..errors import SlipstreamError
 from .weight import MAX_SEGMENTS, PARTS, Facts, QuantWeight, Segment
 
 NAME = "SlipstreamSVDQ"
@@ -20,7 +21,7 @@ FROZEN = (
 )
 
 
-class FrozenWeightError(ValueError):
+class FrozenWeightError(SlipstreamError, ValueError):
     """Something asked for the 16-bit values of a quantised weight in order to change them."""
 
 

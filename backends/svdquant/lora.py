@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..errors import SlipstreamError
 from .kernels.base import LowRank
 from .terms import Dense, Kron, Terms
 from .weight import QuantWeight, effective, unsigned_output
@@ -24,7 +25,7 @@ MERGE = (  # conflicts.py says the same before sampling starts
 )
 
 
-class UnsupportedPatchError(Exception):
+class UnsupportedPatchError(SlipstreamError):
     """A patch type that has no exact form here; the text is its name for the user."""
 
 

@@ -11,7 +11,17 @@ import pytest
 import tiny
 import torch
 from architecture_recording import record
-from slipstream.backends.architectures import ARCHITECTURES, JOIN_CAT, Carry, drift, find
+from slipstream.backends.architectures import (
+    ARCHITECTURES,
+    JOIN_CAT,
+    Binding,
+    Carry,
+    called_modules,
+    drift,
+    find,
+    stack_blocks,
+    whole_sequence,
+)
 
 pytestmark = pytest.mark.usefixtures("comfy")
 
@@ -79,6 +89,36 @@ def test_animate2_never_calls_its_blocks():
     recording = record(patcher, "wan_animate2", as_wan)
     assert recording.num_override > 0
     assert recording.visits == []
+
+
+@pytest.mark.parametrize("family", [name for name in tiny.ALL if name not in SPECIAL])
+def test_every_call_runs_the_whole_sequence(family):
+    """A host that keeps keys and values of the prompt runs fewer tokens in later calls."""
+    patcher = tiny.load(family, heads=3 if family.startswith("sd3") else 1)
+    architecture = find(patcher.model.diffusion_model)
+    as_is = first_shapes(patcher, family, architecture)
+    if family != "hidream_o1_edit":  # pictures are new tensors in every call, so nothing is kept
+        assert (len(set(as_is)) > 1) == bool(architecture.notes.whole_sequence)
+    options = patcher.model_options["transformer_options"]
+    patcher.model_options["transformer_options"] = whole_sequence(architecture, options)
+    assert len(set(first_shapes(patcher, family, architecture))) == 1
+
+
+def first_shapes(patcher, family, architecture):
+    """Shapes of the streams that enter the first block, call by call."""
+    stack = architecture.stacks[0]
+    block = stack_blocks(patcher.model.diffusion_model, stack)[0]
+    module = called_modules(block, stack)[0]
+    binding, shapes = Binding(module, stack.carry), []
+    handle = module.register_forward_pre_hook(
+        lambda _, args, kwargs: shapes.append(tuple(x.shape for x in binding.read(args, kwargs))),
+        with_kwargs=True,
+    )
+    try:
+        tiny.sample(patcher, family, steps=3, cfg=1.0)
+    finally:
+        handle.remove()
+    return shapes
 
 
 def test_unet_levels_are_never_called():
@@ -217,6 +257,12 @@ WRONG = [
     ("sd35", notes(block_ids=True), "claimed (None, 0)"),
     ("hidream", carry(0, tails=()), "did not get what came before"),
     ("hidream", stack(1, joins=JOIN_CAT), "did not get what came before"),
+    ("hidream_o1", stack(0, bypasses=0), "that do not reach the override, claimed 0"),
+    (
+        "hidream_o1",
+        notes(options_through="transformer_options"),
+        "forward takes no transformer_options",
+    ),
     ("ltxav", carry(0, packed=False, args=("x", "v_context")), "got no tensor"),
     ("ltxav", notes(prefetches=False), "notes.prefetches is False"),
     ("cosmos_predict2", notes(block_types=True), "claimed ('double', 0)"),

@@ -1,5 +1,7 @@
 """SlipstreamAttention on ComfyUI's own models, samplers and patches, on a CPU."""
 
+import itertools
+
 import fake_kernels
 import pytest
 import tiny
@@ -168,9 +170,15 @@ def test_chained_with_core_attention_backend_in_either_order():
     first = manual_math(core(model, "pytorch attention")[0])
     assert relative(tiny.sample(first, "flux"), plain) <= 1e-6
     assert section(first)["calls"].keys() == {"math"}
+    # Core's node with torch's function is exact: nothing is computed twice to be safe.
+    refusing = patched(FakeKernel("no", refuse="never"), core(model, "pytorch attention")[0])
+    tiny.sample(refusing, "flux")
+    assert section(refusing)["label"] == "exact"
+    assert section(refusing)["calls"].keys() == {"comfyui:pytorch"}
     last = core(manual_math(model), "pytorch attention")[0]  # core's node overwrites the hook
     assert torch.equal(tiny.sample(last, "flux"), plain)
-    assert any("does not pass through" in s for s in section(last)["reasons"])
+    (reason,) = [s for s in section(last)["reasons"] if "put Slipstream Attention behind" in s]
+    assert "set_model_optimized_attention" in reason
 
 
 def test_override_that_reinstalls_itself_every_step_does_not_grow():
@@ -244,3 +252,92 @@ def test_denoise_range_of_ksampler_advanced():
     ours = manual_math(model)
     assert relative(run(ours), run(model)) <= 1e-6
     assert [r.num_steps for r in run_log(ours).records] == [3, 3]
+
+
+def open_to_all(kernel, model, **settings):
+    """As `patched`, with the node's own schedule."""
+    automatic = {"dense_first_steps": -1, "dense_last_steps": -1}
+    return patched(kernel, model, probe=False, **{**automatic, **settings})
+
+
+def in_parts(model, num_steps, *bounds):
+    """KSamplerAdvanced: one schedule, a sampler for each part of it."""
+    import comfy.sample
+
+    latent = tiny.latent("wan")
+    noise = comfy.sample.prepare_noise(latent, 1)
+    for start, end in itertools.pairwise(bounds):
+        latent = comfy.sample.sample(
+            model, noise, num_steps, 1.0, "euler", "simple", tiny.text("wan"),
+            tiny.text("wan", seed=2), latent, start_step=start, last_step=end,
+            force_full_denoise=end == num_steps, disable_noise=start > 0, disable_pbar=True, seed=1,
+        )  # fmt: skip
+        noise = torch.zeros_like(latent)
+    return latent
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "bounds", "dense"),
+    [
+        (4, (0, 4), [[]]),
+        (4, (0, 2, 4), [[], []]),
+        (8, (0, 4, 8), [[], []]),
+        (20, (0, 20), [[0, 19]]),
+        (20, (0, 10, 20), [[0], [9]]),
+    ],
+)
+def test_few_steps_are_open_and_a_split_schedule_has_one_start_and_one_end(
+    num_steps, bounds, dense
+):
+    """Wan 2.2 with a 4-step LoRA is two runs of two steps: its commonest use."""
+    model = open_to_all(FakeKernel("quick"), tiny.load("wan"))
+    in_parts(model, num_steps, *bounds)
+    found = []
+    for record in run_log(model).records:
+        grid = record.sections["attention"].figures[0]
+        columns = [set(column) - {None} for column in zip(*grid.cells, strict=True)]
+        found.append([i for i, kernels in enumerate(columns) if kernels != {"quick"}])
+    assert found == dense
+
+
+UNNAMED = ("ltxv", "sd3", "minimax", "aura", "cosmos_predict2")
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f.startswith(UNNAMED)])
+def test_blocks_that_comfyui_does_not_name_are_named_by_the_architecture(family):
+    """dense_blocks means the same block in every family, whether a cache skips blocks or not."""
+    model = tiny.load(family)
+    architecture = architectures.find(model.model.diffusion_model)
+    last = len(architectures.stack_blocks(model.model.diffusion_model, architecture.stacks[0])) - 1
+    kernel = FakeKernel("quick", error=1e-4)
+    noded = patched(kernel, model, dense_blocks=str(last))
+    tiny.sample(noded, family, steps=2, cfg=1.0)
+    layers = section(noded)["layers"]
+    inside = [x for x in layers if not x["block"].startswith("call/")]
+    names = {x["block"].split("/")[0] for x in inside}
+    known = {s.block_type for s in (*architecture.stacks, *architecture.side)}
+    assert names, layers
+    assert names <= known
+    first = architecture.stacks[0].block_type
+    exact = {x["block"].split(".")[0] for x in inside if "quick" not in x["kernels"]}
+    assert exact == {f"{first}/{last}"}
+
+
+def test_a_cache_does_not_make_every_call_of_an_unnamed_block_new(monkeypatch):
+    from slipstream.backends.attention import plan
+    from slipstream.backends.cache.apply import apply_cache
+    from slipstream.backends.cache.config import CacheConfig
+
+    seen, real = [], plan.probe
+    monkeypatch.setattr(plan, "probe", lambda *a, **k: seen.append(0) or real(*a, **k))
+    counts = {}
+    for cached in (False, True):
+        kernel = FakeKernel("quick", error=1e-4)
+        noded = patched(kernel, tiny.load("ltxv"))
+        if cached:
+            config = CacheConfig(strategy="cache-dit", front_blocks=1, warmup=1)
+            noded = apply_cache(noded, config)
+        seen.clear()
+        tiny.sample(noded, "ltxv", steps=6, cfg=1.0)
+        counts[cached] = len(seen)
+    assert 0 < counts[True] <= counts[False]  # a layer that is skipped is not checked

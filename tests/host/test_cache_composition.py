@@ -365,7 +365,7 @@ def test_offload_can_ask_which_blocks_will_run(models, order):
     log = []
 
     def offload(executor, *args, **kwargs):
-        from slipstream.backends.cache.stack import overridden
+        from slipstream.backends.forwards import overridden
 
         call = args[-1][CALL] if CALL in args[-1] else kwargs["transformer_options"][CALL]
         entries = []

@@ -9,7 +9,7 @@ import tiny
 import torch
 from cache_runs import cached, every_second, flat, is_clean, network, sample_twice_each, section
 from slipstream.backends import architectures
-from slipstream.backends.cache import strategy
+from slipstream.backends.cache import blocks, strategy
 
 FAMILIES = (*tiny.FAMILIES, *tiny.IN_MEMORY)
 TOLERANCE = 2e-5
@@ -92,6 +92,14 @@ def test_a_wrong_residual_would_be_noticed(monkeypatch):
     )
     with pytest.raises(AssertionError):
         check("flux", strategy="fbcache")
+
+
+@pytest.mark.parametrize("family", ["hidream_o1", "qwen_image21"])
+def test_a_part_of_the_sequence_cannot_be_cached(family, monkeypatch):
+    """Negative control: these keep keys of the prompt, and leave it out of later calls."""
+    monkeypatch.setattr(blocks, "whole_sequence", lambda architecture, options: options)
+    with pytest.raises((AssertionError, RuntimeError, TypeError, ValueError)):
+        check(family, strategy="fbcache")
 
 
 @pytest.mark.parametrize("family", ["sd15", "wan_animate2", "wan_causal", "lumina2", "ltxav"])

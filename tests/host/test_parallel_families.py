@@ -8,7 +8,9 @@ import functools
 from dataclasses import replace
 
 import pytest
+import tiny
 import torch
+from forked_ranks import RankFailed
 from shared_calls import (
     FEW,
     HYBRID,
@@ -34,7 +36,8 @@ PLANNED = (
     "flux", "flux_schnell", "flux2", "chroma", "hunyuan_video",
     "qwen_image", "mage_flow", "ltxv", "ltxav", "sd3", "sd35", "lumina2", "z_image", "hidream",
     "cosmos_predict2", "minimax_h3", "krea2", "kandinsky5", "cogvideox", "ideogram4", "lens",
-    "joyimage", "omnigen2", "aura_flow", "wan_scail",
+    "joyimage", "omnigen2", "aura_flow", "wan_scail", "mochi",
+    "hidream_o1", "hidream_o1_edit",
 )  # fmt: skip
 
 
@@ -54,6 +57,21 @@ def test_ranks_agree_with_one(family):
 def test_every_plan_is_run_here():
     ours = set(PLANS) - {"FakeTokenNet"}  # the fake workers of other tests bring that one
     assert {type(plain(family).network).__name__ for family in PLANNED} == ours
+
+
+@pytest.mark.parametrize(
+    ("family", "why"),
+    [
+        ("ace_step", "its self attention is linear, without ComfyUI's hook"),
+        ("ace_step15", "its attention does not pass transformer_options"),
+        ("cosmos", "it adds positions to the whole sequence between its blocks"),
+        ("qwen_image21", "it attends part by part, by positions in the whole sequence"),
+        ("ernie", "its attention does not pass transformer_options"),
+    ],
+)
+def test_a_family_that_cannot_be_shared_says_why(family, why):
+    network = tiny.load(family).model.diffusion_model
+    assert f"No token plan for class {type(network).__name__} ({why})" in find_plan(network)
 
 
 @pytest.mark.parametrize("heads", [2, 5])
@@ -125,6 +143,7 @@ VARIANTS = {
     "lens mask": ("lens", {"attention_mask": TEXT_MASK}),
     "sd3 control": ("sd3", {"control": {"output": [randn(2, 35, 192)]}}),
     "joyimage reference": ("joyimage", {"ref_latents": [randn(2, 16, 1, 6, 8)]}),
+    "mochi padded text": ("mochi", {"attention_mask": TEXT_MASK, "num_tokens": 5}),
     "minimax denoise mask": ("minimax_h3", {"denoise_mask": torch.cat(
         (torch.full((1, 1, 1, 7, 5), 0.5), torch.ones(1, 1, 2, 7, 5)), 2)}),
 }  # fmt: skip
@@ -146,7 +165,7 @@ def test_what_a_family_takes_besides(name):
 # --- what must fail
 
 
-@pytest.mark.parametrize("family", ["wan", "flux", "qwen_image", "sd3", "z_image"])
+@pytest.mark.parametrize("family", ["wan", "flux", "qwen_image", "sd3", "z_image", "mochi"])
 def test_without_the_exchange_the_result_is_wrong(family, monkeypatch):
     def without_exchange(self, inner, q, k, v, mask, options):
         heads = (t.transpose(1, 2) for t in (q, k, v))
@@ -157,6 +176,21 @@ def test_without_the_exchange_the_result_is_wrong(family, monkeypatch):
 
     monkeypatch.setattr(attention.SharedAttention, "_shared", without_exchange)
     assert differences(plain(family), (U2,))[str(U2)] > 1e-2
+
+
+def test_with_other_keys_or_rope_hidream_o1_is_wrong():
+    """Its keys are all tokens; most of what it returns is the noise it got, hence the low bar."""
+    recorded = plain("hidream_o1")
+    plan = find_plan(recorded.network).for_call(recorded.arguments)
+    (path,) = plan.attention_layouts
+    wrong = replace(plan, attention_layouts={path: (("x",), ("x",))})
+    with pytest.raises(RankFailed, match="fits none of the layouts"):
+        differences(recorded, (U2,), plan=wrong)
+    (blocks,) = plan.blocks
+    first_rows = Tok(fn=lambda shards, t: [x[..., : shards.local(("txt", "x")), :] for x in t])
+    args = {**blocks.args, "freqs_cis": first_rows}
+    wrong = replace(plan, blocks=(replace(blocks, args=args),))
+    assert differences(recorded, (U2,), plan=wrong)[str(U2)] > 1e-3
 
 
 def test_with_rope_of_other_tokens_the_result_is_wrong():

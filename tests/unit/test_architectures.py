@@ -17,6 +17,7 @@ from slipstream.backends.architectures import (
     find,
     inconsistencies,
     stack_blocks,
+    whole_sequence,
 )
 
 
@@ -106,6 +107,8 @@ def test_stack_blocks_and_called_modules():
     blocks = Stack(blocks="double_blocks", block_type="double")
     assert stack_blocks(network, blocks) == list(network.double_blocks)
     assert stack_blocks(network, Stack(blocks="absent", block_type="x")) == []
+    network.named = torch.nn.ModuleDict({"block0": Single(), "block1": Single()})
+    assert stack_blocks(network, Stack(blocks="named", block_type="x")) == [*network.named.values()]
     assert called_modules(network.double_blocks[0], blocks) == [network.double_blocks[0]]
     levels = Stack(blocks="levels", block_type="input", children=True)
     assert stack_blocks(network, levels) == [network.levels]
@@ -161,6 +164,26 @@ def test_binding_of_other_conventions():
         extra.result((img,))
 
 
+def test_a_block_that_is_left_out_returns_nothing_for_what_nobody_reads():
+    img, txt = torch.zeros(2), torch.ones(3)
+    carry = Carry(streams=("img",), args=("img",), returns=("img", "kv"), ignored=("kv",))
+    assert Binding(Dual(), carry).result((img,)) == (img, None)
+    assert Binding(Dual(), carry).outputs((img, txt)) == (img,)
+
+
+def test_options_of_the_whole_sequence_are_merged_into_those_of_the_call():
+    kept = {"patches_replace": {"dit": {"ours": None}, "new": {}}, "cache": {"device": "off"}}
+    keeping = replace(DUMMY, notes=Notes(whole_sequence=kept))
+    options = {"sigmas": 1, "patches_replace": {"dit": {("double_block", 0): len}}}
+    assert whole_sequence(keeping, options) == {
+        "sigmas": 1,
+        "patches_replace": {"dit": {("double_block", 0): len, "ours": None}, "new": {}},
+        "cache": {"device": "off"},
+    }
+    assert options == {"sigmas": 1, "patches_replace": {"dit": {("double_block", 0): len}}}
+    assert whole_sequence(None, options) == whole_sequence(DUMMY, options) == options
+
+
 def test_binding_sees_through_a_replaced_forward():
     block = Dual()
     block.forward = lambda *args, **kwargs: None
@@ -200,6 +223,10 @@ DOUBLE, SINGLE = DUMMY.stacks
         (
             stacks(replace(DOUBLE, carry=replace(DUAL, dropped=("audio",))), SINGLE),
             "tails and dropped must be streams",
+        ),
+        (
+            stacks(replace(DOUBLE, carry=replace(DUAL, ignored=("img",))), SINGLE),
+            "what is ignored must be returned, and be no stream",
         ),
         (replace(DUMMY, side=(replace(SINGLE, block_type="s"),)), "which joins nothing"),
     ],

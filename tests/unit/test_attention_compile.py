@@ -114,3 +114,42 @@ def test_unbound_op_computes_the_default():
     out = torch.ops.slipstream.attention(*args)
     assert torch.allclose(out, want.transpose(1, 2).flatten(2), atol=1e-6)
     torch.library.opcheck(torch.ops.slipstream.attention.default, args)
+
+
+def test_an_earlier_override_gets_the_call_s_own_options_in_a_graph_too():
+    """Core's sparse attention skips its schedule if sigmas or block ids are missing."""
+    seen = []
+
+    def earlier(func, *args, **kwargs):
+        options = kwargs["transformer_options"]
+        seen.append((float(options["sigmas"][0]), options["block_type"], options["block_index"]))
+        assert kwargs["_inside_attn_wrapper"]
+        return func(*args, **kwargs)
+
+    base = fake()
+    base.model_options["transformer_options"]["optimized_attention_override"] = earlier
+    refusing = FakeKernel("no", refuse="never")
+    sample(patched(refusing, base), NOISE, steps=2)
+    eager = seen[:]
+    seen.clear()
+    sample(compiled(patched(refusing, base)), NOISE, steps=2)
+    assert seen == eager
+    assert len(eager) == 8
+
+
+def test_op_is_kept_out_of_cuda_graphs():
+    """Inductor leaves an op with this tag outside of what it captures."""
+    op.register()
+    assert torch.Tag.cudagraph_unsafe in torch.ops.slipstream.attention.default.tags
+
+
+def test_default_that_is_no_function_of_comfyui_is_its_pytorch_attention(monkeypatch):
+    asked = []
+
+    def function(name):
+        asked.append(name)
+        return None if name == "of_another_pack" else "attention_pytorch of ComfyUI"
+
+    monkeypatch.setattr(op.host, "attention_function", function)
+    assert op.default_function("of_another_pack") == "attention_pytorch of ComfyUI"
+    assert asked == ["of_another_pack", "attention_pytorch"]

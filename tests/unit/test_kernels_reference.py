@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from slipstream.backends.attention import reference
+from slipstream.backends.attention.probe import is_finite
 from slipstream.backends.attention.reference import compare, evenly_spaced_rows, reference_rows
 from torch.nn import functional
 
@@ -51,19 +53,38 @@ def test_reference_of_half_precision_is_fp32():
     assert torch.allclose(got.double(), want, atol=1e-6)
 
 
-def test_reference_computes_one_head_at_a_time(monkeypatch):
-    largest = 0
+@pytest.mark.parametrize("kv_heads", [6, 2])
+def test_reference_keeps_within_its_memory(monkeypatch, kv_heads):
+    """As many heads at once as a slice of scores holds, and the same numbers."""
+    sizes = []
     real = torch.softmax
 
     def softmax(scores, dim):
-        nonlocal largest
-        largest = max(largest, scores.numel())
+        sizes.append(scores.numel())
         return real(scores, dim)
 
+    q = torch.randn(2, 6, 40, 8)
+    k, v = (torch.randn(2, kv_heads, 40, 8) for _ in range(2))
+    rows = evenly_spaced_rows(40, 10, CPU)
+    whole = reference_rows(q, k, v, mask=None, scale=None, rows=rows)
+    group = 6 // kv_heads
     monkeypatch.setattr(torch, "softmax", softmax)
-    q, k, v = (torch.randn(2, 5, 40, 8) for _ in range(3))
-    reference_rows(q, k, v, mask=None, scale=None, rows=evenly_spaced_rows(40, 10, CPU))
-    assert largest == 10 * 40
+    monkeypatch.setattr(reference, "SCORES_BYTES", 4 * 40 * (group * 10 + 16))
+    assert torch.allclose(
+        reference_rows(q, k, v, mask=None, scale=None, rows=rows), whole, atol=1e-6
+    )
+    assert sizes == [group * 10 * 40] * (2 * kv_heads)  # one k/v head at a time
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_finite_check_sees_every_value_and_no_more(dtype):
+    out = torch.full((1, 2, 30, 4), 60_000.0, dtype=dtype)
+    out[0, 0, 0, 0] = -60_000.0  # further apart than fp16 reaches
+    assert is_finite(out)
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        spoilt = out.clone()
+        spoilt[0, 1, 29, 3] = bad
+        assert not is_finite(spoilt)
 
 
 def test_compare_measures_error_and_direction():

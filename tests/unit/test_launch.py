@@ -7,6 +7,7 @@ import sys
 
 import comfy_home
 import kernels_home
+import newest_home
 import pytest
 import tiers
 from slipstream.bench import install, launch, setup_env
@@ -137,9 +138,71 @@ def test_tiers_are_split_from_pytest_arguments():
     assert tiers.split(["unit", "host", "-k", "unit"]) == (["unit", "host"], ["-k", "unit"])
     assert tiers.split(["-x"]) == ([], ["-x"])
     assert "kernels" not in tiers.by_default([])  # it installs packages
-    assert tiers.by_default(["--full"]) == [*tiers.by_default([]), "kernels"]
+    assert tiers.by_default(["--full"]) == [*tiers.by_default([]), "kernels", "newest"]
     assert tiers.split(["full"]) == ([], ["--full"])
     assert tiers.split(["full", "host", "-x"]) == (["host"], ["--full", "-x"])
+
+
+@pytest.fixture
+def newest(monkeypatch, tmp_path):
+    """A pip that leaves a folder with torchaudio's library; .installed counts its calls."""
+
+    class Pip:
+        installed = 0
+        error = None
+
+        def install(self, python, arguments, *, target):
+            if self.error:
+                raise SetupError(self.error)
+            self.installed += 1
+            (target / "torchaudio" / "lib").mkdir(parents=True, exist_ok=True)
+            (target / "torchaudio" / "lib" / "_torchaudio.abi3.so").touch()
+
+    pip = Pip()
+    monkeypatch.setattr(setup_env, "OWN", tmp_path / "own")
+    monkeypatch.setattr(install, "pip_install", pip.install)
+    monkeypatch.setattr(newest_home, "_PROBE", "import json")
+    monkeypatch.setattr(newest_home, "_VERSIONS", "print('torch 9')")
+    return pip
+
+
+def test_newest_packages_are_installed_once_and_again_after_a_week(newest):
+    folder, versions = newest_home.make(sys.executable)
+    assert (versions, newest.installed) == ("torch 9", 2)
+    assert folder.is_dir()
+    assert not list(folder.rglob("*.so")), "torchaudio's library would refuse another CUDA"
+    newest_home.make(sys.executable)
+    assert newest.installed == 2
+    done = folder.with_name(f"{folder.name}.done")
+    os.utime(done, (0, 0))
+    newest_home.make(sys.executable)
+    assert newest.installed == 4
+
+
+def test_newest_packages_stay_where_pip_cannot_renew_them(newest, capsys):
+    folder, _ = newest_home.make(sys.executable)
+    os.utime(folder.with_name(f"{folder.name}.done"), (0, 0))
+    newest.error = "pip cannot install torch: no network"
+    assert newest_home.make(sys.executable)[0] == folder
+    assert "stays as it is: pip cannot install torch: no network" in capsys.readouterr().err
+
+
+def test_the_newest_tier_says_why_it_did_not_run(newest, monkeypatch):
+    monkeypatch.setattr(tiers, "comfy_python", lambda: sys.executable)
+    newest.error = "pip cannot install torch: no network"
+    said = tiers.run_tier("newest", []).sentence
+    assert said == "did not run: pip cannot install torch: no network"
+    newest.error = None
+    monkeypatch.setattr(newest_home, "_PROBE", "raise SystemExit('operator nms does not exist')")
+    said = tiers.run_tier("newest", []).sentence
+    assert "do not work with ComfyUI's Python: operator nms does not exist" in said
+
+
+def test_what_installs_packages_runs_when_it_is_asked_for():
+    assert tiers.split(["newest", "-x"]) == (["newest"], ["-x"])
+    assert "newest" not in tiers.by_default([])
+    assert "newest" in tiers.by_default(["--full"])
+    assert "gpu" not in tiers.by_default(["--full"])
 
 
 XML = """<testsuites><testsuite errors="1" failures="2" skipped="3" tests="10" /></testsuites>"""

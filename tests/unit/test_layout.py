@@ -5,7 +5,7 @@ from dataclasses import asdict
 import pytest
 import torch
 from slipstream.backends.attention.kernels.table import KERNELS
-from slipstream.backends.attention.layout import read_call, request_of, write_output
+from slipstream.backends.attention.layout import mask_dims, read_call, request_of, write_output
 from torch.nn import functional
 
 B, H, D = 2, 4, 8
@@ -149,8 +149,10 @@ def test_request_says_what_the_call_is():
         "head_dim": D,
         "value_dim": D,
         "capability": None,
+        "device_name": "",
         "is_hip": torch.version.hip is not None,
         "mask": "bool",
+        "mask_dims": "qk",
         "has_scale": True,
         "low_precision": False,
         "want_lse": True,
@@ -188,11 +190,23 @@ def test_request_asks_a_gpu_once_for_its_capability(monkeypatch):
     monkeypatch.setattr(
         torch.cuda, "get_device_capability", lambda index: asked.append(index) or (8, 9)
     )
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: asked.append(index) or "GPU")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     layout._capability.cache_clear()
+    layout._device_name.cache_clear()
     views = layout.Views(OnCuda(), OnCuda(), OnCuda(), None, None)
     for _ in range(2):
         request = request_of(views)
-        assert (request.capability, request.capturing) == ((8, 9), True)
-    assert asked == [5]
+        assert (request.capability, request.device_name) == ((8, 9), "GPU")
+        assert request.capturing
+    assert asked == [5, 5]
     layout._capability.cache_clear()
+    layout._device_name.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("shape", "dims"),
+    [((12, 5), "qk"), ((2, 1, 1, 5), "bk"), ((1, 1, 12, 5), "qk"), ((2, 3, 12, 5), "bhqk")],
+)
+def test_masks_of_one_kind_are_told_apart_by_what_they_broadcast(shape, dims):
+    assert mask_dims(torch.zeros(shape)) == dims

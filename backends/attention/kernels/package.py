@@ -11,10 +11,12 @@ from functools import cache
 from importlib import import_module, metadata
 from typing import Any
 
+from ...errors import SlipstreamError
+
 TRITON = ("triton", "triton-windows")  # one of them; on Windows pip has the second
 
 
-class UnavailableError(Exception):
+class UnavailableError(SlipstreamError):
     """The package is there but not usable; its text is the reason."""
 
 

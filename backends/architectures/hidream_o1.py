@@ -1,0 +1,29 @@
+"""HiDream-O1 (pixels and text in one language model)."""
+
+from .data import Architecture, Carry, Notes, Stack
+
+ARCHITECTURES = (
+    Architecture(
+        class_name="HiDreamO1Transformer",
+        name="HiDream-O1",
+        stacks=(
+            Stack(
+                blocks="language_model.layers",
+                block_type="double",
+                carry=Carry(returns=("x", "kv"), ignored=("kv",)),
+                bypasses=1,  # the causal prefix
+            ),
+        ),
+        notes=Notes(
+            in_place=True,
+            options_through="optimized_attention",
+            whole_sequence={"patches_replace": {"dit": {"slipstream": None}}},
+            remarks=(
+                "keys and values of the prompt are kept on the network from the first call on, and"
+                " later calls run the rest of the sequence alone, unless a block may be replaced",
+                "visual encodes reference pictures outside these blocks, in every call",
+                "only the call that keeps them reads what a block returns beside x",
+            ),
+        ),
+    ),
+)

@@ -7,21 +7,19 @@ environment changes.
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import comfy_home
+import kept_packages
 
 comfy_home.load_pack()
-from slipstream.bench import install, setup_env  # noqa: E402
+from slipstream.bench import setup_env  # noqa: E402
 
 FOLDER = "SLIPSTREAM_KERNEL_PACKAGES"  # the environment variable that tells tests where they are
-FRESH_S = 7 * 24 * 3600  # "newest" is asked for again after a week
 # folder -> pip's arguments, one call each. --no-deps leaves torch to the Python that has it.
 PACKAGES: dict[str, tuple[tuple[str, ...], ...]] = {
     "numpy": (("numpy<2.3",),),  # Triton's interpreter
@@ -48,32 +46,8 @@ def make(python: str) -> Path:
     has_triton = setup_env.cannot_run(python, "import triton") is None
     for name, calls in PACKAGES.items():
         if name != "triton" or not has_triton:
-            install_one(python, root / name, calls)
+            kept_packages.renew(python, root / name, calls)
     return root
-
-
-def install_one(python: str, folder: Path, calls: tuple[tuple[str, ...], ...]) -> None:
-    """One package, new or once a week again; what is there stays if pip fails.
-
-    Raises SetupError if nothing is there.
-    """
-    done = folder.with_name(f"{folder.name}.done")
-    if done.exists() and time.time() - done.stat().st_mtime < FRESH_S:
-        return
-    print(f"Installing {folder.name} into {folder.parent}", flush=True)
-    new = folder.with_name(f"{folder.name}.new")
-    shutil.rmtree(new, ignore_errors=True)
-    try:
-        for arguments in calls:
-            install.pip_install(python, arguments, target=new)
-    except setup_env.SetupError as error:
-        if not done.exists():
-            raise
-        print(f"{folder.name} stays as it is: {error}", file=sys.stderr)
-        return
-    shutil.rmtree(folder, ignore_errors=True)
-    new.rename(folder)
-    done.touch()
 
 
 def ask(

@@ -4,19 +4,16 @@ They lie in one folder in front of the packages of ComfyUI's Python, which stays
 """
 
 import os
-import shutil
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import comfy_home
+import kept_packages
 
 comfy_home.load_pack()
-from slipstream.bench import install, setup_env  # noqa: E402
+from slipstream.bench import setup_env  # noqa: E402
 
 PACKAGES = ("torch", "torchvision", "comfy-kitchen", "comfy-aimdo")  # torchvision matches torch
-FRESH_S = 7 * 24 * 3600  # "newest" is asked for again after a week
 _PROBE = (
     "import torch, torchvision, torchaudio, comfy_kitchen, comfy_aimdo.control\n"
     "assert torch.ops.torchvision.nms"
@@ -35,37 +32,17 @@ def make(python: str) -> tuple[Path, str]:
     code = "import sys; print(sys.implementation.cache_tag)"
     tag = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout
     folder = setup_env.OWN / f"newest-{tag.strip()}"
-    done = folder.with_name(f"{folder.name}.done")
-    if not done.exists() or time.time() - done.stat().st_mtime > FRESH_S:
-        _install(python, folder, done)
+    # torchaudio ends at 2.11, and its library refuses a torch of another CUDA. ComfyUI 0.33
+    # imports it (0.38 does not); without the library it is Python, and enough for that.
+    calls = (PACKAGES, ("--no-deps", "torchaudio"))
+    kept_packages.renew(python, folder, calls, without=["torchaudio/lib/*torchaudio*"])
     problem = _ask(python, folder, _PROBE)[1]
     if problem:
         raise setup_env.SetupError(
             f"the newest packages do not work with ComfyUI's Python: {problem} "
-            f"(delete {done} to install them again)"
+            f"(delete {kept_packages.done_file(folder)} to install them again)"
         )
     return folder, _ask(python, folder, _VERSIONS)[0]
-
-
-def _install(python: str, folder: Path, done: Path) -> None:
-    print(f"Installing {', '.join(PACKAGES)} into {folder} (some gigabytes)", flush=True)
-    new = folder.with_name(f"{folder.name}.new")
-    shutil.rmtree(new, ignore_errors=True)
-    try:
-        install.pip_install(python, PACKAGES, target=new)
-        # torchaudio ends at 2.11, and its library refuses a torch of another CUDA. ComfyUI 0.33
-        # imports it (0.38 does not); without the library it is Python, and enough for that.
-        install.pip_install(python, ["--no-deps", "torchaudio"], target=new)
-        for library in (new / "torchaudio" / "lib").glob("*torchaudio*"):
-            library.unlink()
-    except setup_env.SetupError as error:
-        if not done.exists():
-            raise
-        print(f"{folder.name} stays as it is: {error}", file=sys.stderr)
-        return
-    shutil.rmtree(folder, ignore_errors=True)
-    new.rename(folder)
-    done.touch()
 
 
 def _ask(python: str, folder: Path, code: str) -> tuple[str, str]:

@@ -51,9 +51,11 @@ def test_kitchen_is_asked_in_its_own_terms_on_every_gpu(ask, kitchen):
             assert found["sol_attn"].startswith("comfy-kitchen's Sol-Attn does not run here")
 
 
+NEWEST = pytest.mark.parametrize("kitchen", ["kitchen"], indirect=True)
+
+
+@NEWEST
 def test_fastest_chooses_sol_attn_for_long_calls_and_int8_for_others(ask, kitchen):
-    if kitchen == "kitchen-0.2.31":
-        pytest.skip("it has no Sol-Attn")
     calls = [capability(89), {**capability(89), "q_tokens": 4096, "k_tokens": 4096}]
     found = ask("choice", (kitchen,), sm=89, policy="fastest", calls=calls)
     assert found == ["sol_attn", "ck_int8"]
@@ -65,9 +67,8 @@ def test_operators_take_what_adapters_give(ask, kitchen):
     assert ask("shapes", (kitchen,), sm=89, kernel="ck_int8", cases=cases) == [[1, 4, 128, 128]] * 2
 
 
+@NEWEST
 def test_sol_attn_needs_as_much_memory_as_we_count(ask, kitchen):
-    if kitchen == "kitchen-0.2.31":
-        pytest.skip("it has no Sol-Attn")
     sizes = [(12_288, 24), (32_760, 40), (75_600, 40)]
     for needed in ask("sol_workspace", (kitchen,), sizes=sizes):
         assert 0.9 < needed / 3.6 < 1.02

@@ -417,7 +417,15 @@ def test_groups_of_heads_give_the_same_numbers(mask_shape, most_bytes):
 
 @pytest.mark.parametrize(
     ("kind", "package"),
-    [(CkInt8, "kitchen"), (SolAttn, "kitchen"), (Sage1, "1"), (Sage2, "2"), (Sage2Triton, "2")],
+    [
+        (CkInt8, "kitchen"),
+        (SolAttn, "kitchen"),
+        (Sage1, "1"),
+        (Sage2, "2"),
+        (Sage2Triton, "2"),
+        (Sage3, "3"),
+        (Sparge, "sparge"),
+    ],
 )
 def test_quantised_kernels_split_long_calls_by_heads(install, monkeypatch, kind, package):
     def kitchen():
@@ -433,7 +441,25 @@ def test_quantised_kernels_split_long_calls_by_heads(install, monkeypatch, kind,
         module = Fake("comfy_kitchen", int8_attention=int8, sol_attn=sol, **asked)
         return module
 
-    fake = install({"kitchen": kitchen, "1": sage_1, "2": sage_2}[package]())
+    def sage_3():
+        def blackwell(q, k, v, is_causal=False):
+            module.record(q=q)
+            k -= k.mean(dim=-2, keepdim=True)
+            return attention(q, k, v)
+
+        module = Fake("sageattn3", sageattn3_blackwell=blackwell)
+        return module
+
+    def sparge():
+        def topk(q, k, v, topk=0.5, is_causal=False, scale=None):
+            module.record(q=q)
+            return attention(q, k, v, scale)
+
+        module = Fake("spas_sage_attn", spas_sage2_attn_meansim_topk_cuda=topk)
+        return module
+
+    packages = {"kitchen": kitchen, "1": sage_1, "2": sage_2, "3": sage_3, "sparge": sparge}
+    fake = install(packages[package]())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     q, k, v = qkv(head_dim=128, tokens=(64, 64))
     whole = loaded(kind()).run(q, k, v)

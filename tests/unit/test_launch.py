@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import comfy_home
-import kernels_home
 import newest_home
 import pytest
 import tiers
@@ -251,26 +250,3 @@ def test_kernel_packages_that_cannot_be_had_are_the_closing_line(monkeypatch, tm
     outcome = tiers.run_tier("kernels", [])
     assert (outcome.ran, outcome.ok) == (False, True)
     assert outcome.sentence == "did not run: pip cannot install numpy<2.3: no network"
-
-
-def test_kernel_packages_of_last_week_serve_without_a_network(monkeypatch, tmp_path):
-    calls = []
-
-    def pip_install(python, arguments, *, target):
-        calls.append(target.name)
-        if online:
-            (target / "package").mkdir(parents=True)
-        else:
-            raise setup_env.SetupError("no network")
-
-    monkeypatch.setattr(install, "pip_install", pip_install)
-    folder, newest = tmp_path / "kitchen", (("comfy-kitchen",),)
-    online = True
-    kernels_home.install_one("python", folder, newest)
-    kernels_home.install_one("python", folder, newest)
-    assert calls == ["kitchen.new"]  # fresh
-    os.utime(tmp_path / "kitchen.done", (0, 0))
-    online = False
-    kernels_home.install_one("python", folder, newest)
-    assert len(calls) == 2
-    assert (folder / "package").is_dir()

@@ -1,6 +1,6 @@
 """Attention a few heads at a time, so that a kernel's copies of q, k and v stay small.
 
-Quantised kernels make INT8 and FP16 copies of whole tensors: 1.2 to 2.7 GB for one call of Wan at
+Quantised kernels make INT8 and FP16 copies of whole tensors: 1.2 to 3.1 GB for one call of Wan at
 720p (75,600 tokens, 40 heads of 128), beside an output of 0.8 GB. Heads do not depend on each
 other, so groups of them give the same numbers with that much less.
 """

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..request import Request
-from . import operands, rules
+from . import heads, operands, rules
 from .base import APPROXIMATE
 from .package import TRITON, PackageKernel, UnavailableError, require_c_compiler
 
@@ -67,11 +67,20 @@ class Sparge(PackageKernel):
     ) -> torch.Tensor:
         assert mask is None
         assert not want_lse
-        with operands.on_device_of(q):
-            out: torch.Tensor = self._attention(
-                *map(operands.aligned, (q, k, v)), topk=TOP_K, is_causal=False, scale=scale
-            )
-        return out.contiguous()
+
+        def attention(
+            q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+        ) -> torch.Tensor:
+            with operands.on_device_of(q):
+                out: torch.Tensor = self._attention(
+                    *map(operands.aligned, (q, k, v)), topk=TOP_K, is_causal=False, scale=scale
+                )
+            return out.contiguous()
+
+        batch, num_heads, q_tokens, _ = q.shape
+        block_scores = batch * num_heads * -(-q_tokens // BLOCK) * -(-k.shape[2] // 64)
+        copies = q.numel() + k.numel() + 3 * v.numel() + 20 * block_scores  # sorted, with indices
+        return heads.in_groups(attention, q, k, v, workspace_bytes=copies)
 
 
 def _too_short(name: str, request: Request) -> str | None:

@@ -30,7 +30,12 @@ class Named(Protocol):
 
 
 def place_in(options: dict[str, Any], place: Place | None) -> Place:
-    """The block of a call: of ComfyUI's ids if they are whole, else `place`, what we noted."""
+    """The block of a call: `place` if we noted one, else of ComfyUI's ids if they are whole.
+
+    VACE's side blocks run with the ids of the main block before them.
+    """
+    if place is not None:
+        return place
     unet_block = options.get("block")
     index = options.get("block_index")
     if unet_block is not None and index is not None:
@@ -38,8 +43,6 @@ def place_in(options: dict[str, Any], place: Place | None) -> Place:
     block_type = options.get("block_type")
     if block_type is not None and index is not None:
         return block_type, index
-    if place is not None:
-        return place
     return NO_PLACE if index is None else ("block", index)
 
 

@@ -162,7 +162,10 @@ def propose(
     held = sizes(units, patcher)
     room = room_bytes(patcher, buffers)
     usable = room - measured.activation_bytes - memory.reserve_bytes()
-    is_short = memory.resident_bytes(patcher) + buffers > usable
+    # Dynamic memory evicts by itself, 256 MiB before the device is full: by ComfyUI's larger
+    # reserve (400 MiB and more) every model that does not fit would seem to leave too little.
+    can_be_short = config.mode == "memory" or not memory.is_dynamic(patcher)
+    is_short = can_be_short and memory.resident_bytes(patcher) + buffers > usable
     if config.mode != "memory" and not is_short and not any(held.streamed):
         return _nothing_to_gain(units, measured, held)
     facts = device_facts(patcher, measured, room, held)

@@ -2,12 +2,13 @@
 
 import pytest
 from fake_models import blocks, load, sample, with_lora
-from offload_probe import offloaded, report
+from offload_probe import NOTHING, in_mode, leftovers, offloaded, report, resident_share
 from slipstream.backends.memory import host as memory
 from slipstream.backends.offload import host
 from slipstream.backends.offload.apply import apply_offload
 from slipstream.backends.offload.blocks import module_sizes
 from slipstream.backends.offload.config import GIB, OffloadConfig
+from slipstream.backends.run import run_log
 
 
 @pytest.mark.parametrize("depth", [1, 2])
@@ -81,3 +82,31 @@ def test_budget_below_the_floor_is_refused(env):
     with pytest.raises(ValueError, match=r"vram_budget_gb 0\.001 is too small: small weights and"):
         apply_offload(model, OffloadConfig(mode="manual", vram_budget_gb=0.001))
     apply_offload(model, OffloadConfig(mode="manual", vram_budget_gb=0.001, prefetch=-1))
+
+
+def test_auto_gives_way_when_the_device_fills(env, monkeypatch):
+    """Another program takes the memory that activations need, then gives it back."""
+    monkeypatch.setattr(host, "copy_rates", lambda device: (50e9, 50e9))
+    monkeypatch.setattr("slipstream.backends.offload.tuner.SLOWER", -1.0)  # any step is too slow
+    model = load("wan")
+    full = sample(model, "wan", steps=6, cfg=1.0)  # a full device splits cond and uncond
+    env.end_node()
+    patched = in_mode(model, "auto")
+
+    def fill(step, *_):
+        if step == 0:
+            env.device.total_bytes = env.device.held()
+
+    assert sample(patched, "wan", steps=6, cfg=1.0, callback=fill).equal(full)
+    assert resident_share(patched) < 0.95
+    text = run_log(patched).latest().to_text()
+    assert "  plan: " in text
+    assert "the device was too full for activations" in text
+    assert not report(patched)["offload"]["rolled_back"]
+    env.end_node()
+    env.device.total_bytes = 10**12
+    for _ in range(2):
+        assert sample(patched, "wan", steps=6, cfg=1.0).equal(full)
+        env.end_node()
+    assert resident_share(patched) > 0.95
+    assert leftovers(model) == NOTHING

@@ -8,7 +8,6 @@ from offload_probe import NOTHING, in_mode, leftovers, offloaded, report, reside
 from slipstream.backends.cache.apply import apply_cache
 from slipstream.backends.cache.config import CacheConfig
 from slipstream.backends.offload import budget, host
-from slipstream.backends.run import run_log
 
 STEPS = 6  # enough to measure, plan and judge
 
@@ -103,34 +102,6 @@ def test_all_resident_says_that_offload_gains_nothing(env, monkeypatch, mode):
     assert "off is as fast" in found["plan"]["why"]
     assert found["pinned_bytes_per_second"] is None
     assert found["block_copies"] == 0
-
-
-def test_auto_gives_way_when_the_device_fills(env, monkeypatch):
-    """Another program takes the memory that activations need, then gives it back."""
-    monkeypatch.setattr(host, "copy_rates", lambda device: (50e9, 50e9))
-    monkeypatch.setattr("slipstream.backends.offload.tuner.SLOWER", -1.0)  # any step is too slow
-    model = load("wan")
-    full = sample(model, "wan", steps=STEPS, cfg=1.0)  # a full device splits cond and uncond
-    env.end_node()
-    patched = in_mode(model, "auto")
-
-    def fill(step, *_):
-        if step == 0:
-            env.device.total_bytes = env.device.held()
-
-    assert sample(patched, "wan", steps=STEPS, cfg=1.0, callback=fill).equal(full)
-    assert resident_share(patched) < 0.95
-    text = run_log(patched).latest().to_text()
-    assert "  plan: " in text
-    assert "the device was too full for activations" in text
-    assert not report(patched)["offload"]["rolled_back"]
-    env.end_node()
-    env.device.total_bytes = 10**12
-    for _ in range(2):
-        assert sample(patched, "wan", steps=STEPS, cfg=1.0).equal(full)
-        env.end_node()
-    assert resident_share(patched) > 0.95
-    assert leftovers(model) == NOTHING
 
 
 def test_copy_rates_are_measured_once_and_leave_nothing(env, monkeypatch):

@@ -323,6 +323,17 @@ def test_blocks_that_comfyui_does_not_name_are_named_by_the_architecture(family)
     assert exact == {f"{first}/{last}"}
 
 
+def test_side_blocks_are_no_calls_of_the_main_block_before_them():
+    """VACE's control blocks run with the ids of a main block still in the options."""
+    model = tiny.load("wan_vace")
+    noded = patched(FakeKernel("quick"), model)
+    tiny.sample(noded, "wan_vace", steps=2, cfg=1.0)
+    blocks = [layer["block"] for layer in section(noded)["layers"]]
+    (side,) = architectures.find(model.model.diffusion_model).side
+    assert any(block.startswith(f"{side.block_type}/") for block in blocks)
+    assert not any(block.endswith((".2", ".3")) for block in blocks)  # self and cross, no more
+
+
 def test_a_cache_does_not_make_every_call_of_an_unnamed_block_new(monkeypatch):
     from slipstream.backends.attention import plan
     from slipstream.backends.cache.apply import apply_cache

@@ -39,8 +39,26 @@ from .wire import Meta, Unsupported, decode, encode
 
 OVERRIDE = "optimized_attention_override"
 _DROPPED = ("wrappers", "callbacks", OVERRIDE, "patches", "patches_replace")
-_TOO_LATE = "new workers lack the results that a block cache reuses in this call"
 _JUDGED_CALL = 2  # the first shared call of a run warms up
+
+
+class _Alone(Exception):  # noqa: N818 - no error: the call runs on one device
+    """This call cannot be shared."""
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.reason = reason
+
+
+class BeginAgain(Exception):  # noqa: N818 - no error
+    """What a block cache decided for this call cannot be done: its APPLY_MODEL must run again.
+
+    reason: why it must be on rank 0 alone; "" if it may be shared.
+    """
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -103,51 +121,97 @@ class ParallelRun:
 
     # --- calls
 
-    def call(self, executor: Callable[..., Any], call: NetworkCall, method: str) -> Any:
-        """One call of the network: shared if it can be, else on rank 0 alone."""
+    def call(
+        self,
+        executor: Callable[..., Any],
+        call: NetworkCall,
+        method: str,
+        network: torch.nn.Module,
+        *,
+        is_decided: bool = False,
+    ) -> Any:
+        """One call of `network`: shared if it can be, else on rank 0 alone.
+
+        is_decided: a block cache has decided about it already, for call.num_ranks. Raises
+        BeginAgain if it cannot be carried out so.
+        """
+        now: ModelCall = call.options[CALL]
+        try:
+            return self._share(executor, call, method, network)
+        except _Alone as found:
+            reason = found.reason
+        if is_decided and now.num_ranks > 1:
+            raise BeginAgain(reason)
+        now.num_ranks = 1
+        return self.alone(reason, now, partial(call.run, executor))
+
+    def prepare(self, call: ModelCall, network: torch.nn.Module, options: dict[str, Any]) -> None:
+        """Note in `call` how many ranks will share it, before a block cache decides about it."""
         layout = self.layout or self.choose(1)
-        reason = self.reason or self._refusal(layout, call)
-        if reason:
-            return self.alone(reason, partial(call.run, executor))
+        is_alone = layout is None or self.refusal(network, options) is not None
+        call.num_ranks = 1 if layout is None or is_alone else layout.ranks
+
+    def refusal(self, network: torch.nn.Module, options: dict[str, Any]) -> str | None:
+        """Why no call of `network` with these transformer_options can be shared, or None."""
+        if self.reason or self.shared is None:
+            return self.reason or "nothing to share with"
+        if network is not self.shared.network:
+            return "the network of another MODEL"
+        for kind in ("patches", "patches_replace"):
+            names = sorted(n for n, found in (options.get(kind) or {}).items() if found)
+            if names:
+                return f"patches of the model's blocks ({', '.join(names)}) cannot travel"
+        override = options.get(OVERRIDE)
+        if isinstance(override, Override):
+            override = override.previous
+        if override is not None:
+            return "an attention override cannot travel: use SlipstreamAttention instead"
+        return None
+
+    def _share(
+        self,
+        executor: Callable[..., Any],
+        call: NetworkCall,
+        method: str,
+        network: torch.nn.Module,
+    ) -> Any:
+        """A call over all ranks of the layout. Raises _Alone where that cannot be."""
+        layout = self.layout or self.choose(1)
+        reason = self.refusal(network, call.options) or self._call_refusal(layout, call)
+        if reason is not None:
+            raise _Alone(reason)
         assert self.shared is not None
         assert layout is not None
         try:
             encoded, tensors = call.encode(self.shared.plan.rebuilt, dropped=_DROPPED)
         except Unsupported as error:
-            return self.alone(f"{error}, which cannot travel", partial(call.run, executor))
+            raise _Alone(f"{error}, which cannot travel") from None
         try:
             with self._barrier():
-                if not self._have_workers(call.options[CALL]):
-                    return self.alone(_TOO_LATE, partial(call.run, executor))
-                links, message = self._message(layout, call, method, encoded, tensors)
-                if call.options.get(BRANCH):
-                    out = self._remote(links, message, tensors)
-                else:
-                    out = self._together(links, message, tensors, call, executor)
+                has_workers = self._have_workers(call.options[CALL])
+                if has_workers:
+                    links, message = self._message(layout, call, method, encoded, tensors)
+                    if call.options.get(BRANCH):
+                        out = self._remote(links, message, tensors)
+                    else:
+                        out = self._together(links, message, tensors, call, executor)
         except PlanError as error:
             if self.baton is not None:
                 raise  # the pair of branches is repeated on one device
             self.stop_sharing(str(error))
-            return self.alone(str(error), partial(call.run, executor))
+            raise _Alone(str(error)) from None
+        if not has_workers:
+            raise BeginAgain("")
         self.counts.shared += 1
         self.counts.layouts[layout] = self.counts.layouts.get(layout, 0) + 1
         return out
 
-    def _refusal(self, layout: Layout | None, call: NetworkCall) -> str | None:
-        """Why this call cannot be shared, or None."""
+    def _call_refusal(self, layout: Layout | None, call: NetworkCall) -> str | None:
+        """Why this call, whose options allow it, cannot be shared, or None."""
         if layout is None or self.shared is None:
             return "nothing to share with"
         if layout.ranks == 1 and self.baton is None:
             return "one conditioning: cfg has nothing to split"
-        for kind in ("patches", "patches_replace"):
-            names = sorted(n for n, found in (call.options.get(kind) or {}).items() if found)
-            if names:
-                return f"patches of the model's blocks ({', '.join(names)}) cannot travel"
-        override = call.options.get(OVERRIDE)
-        if isinstance(override, Override):
-            override = override.previous
-        if override is not None:
-            return "an attention override cannot travel: use SlipstreamAttention instead"
         plan = self.shared.plan
         return plan.refuse(call.arguments, call.options) if plan.refuse is not None else None
 
@@ -163,7 +227,7 @@ class ParallelRun:
         setting, meanwhile = shared.setting, shared.meanwhile
         if shared.pool.is_ready(shared.devices, setting, shared.model, meanwhile=meanwhile):
             return True
-        is_too_late = self.decisions.forget(call)
+        is_too_late = self.decisions.lost(call)
         shared.pool.prepare(shared.devices, setting, shared.model, meanwhile=meanwhile)
         return not is_too_late
 
@@ -222,6 +286,7 @@ class ParallelRun:
         )
         is_judged = self.counts.shared + 1 == _JUDGED_CALL
         meter = Meter(links.clock) if is_judged else None  # reading a clock waits for the device
+        call.options[CALL].num_ranks = links.layout.ranks
         self.decisions.mesh = links.mesh
         try:
             with (
@@ -258,10 +323,10 @@ class ParallelRun:
         )  # fmt: skip
         return decode(found, received, device=shared.device)
 
-    def alone(self, reason: str, function: Callable[[], Any]) -> Any:
+    def alone(self, reason: str, call: ModelCall, function: Callable[[], Any]) -> Any:
         """A call on rank 0 only, counted with its reason."""
         self.counts.count_local(reason)
-        self.decisions.alone()
+        self.decisions.alone(call)
         return function()
 
     @contextmanager
@@ -281,7 +346,7 @@ class ParallelRun:
             with self.shared.pool.recovered(self.config.timeout_s):
                 yield
         except BaseException:
-            self.decisions.alone()
+            self.decisions.failed()
             raise
 
     def _attach_cache(self) -> None:

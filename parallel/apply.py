@@ -25,7 +25,7 @@ from .route import BRANCH, Baton, can_route, run_both
 from .run_state import BeginAgain, ParallelRun, Shared
 from .runs import KEY, NAME
 from .shards import PlanError
-from .wire import Unsupported, encode
+from .wire import Unsupported, encode, encode_plain
 
 OWN_PACKAGE = (__package__ or "").rpartition(".")[0]
 
@@ -130,19 +130,25 @@ def _model(patcher: Any, recipe: worker_host.Recipe) -> tuple[str | None, Any]:
     try:
         arguments = encode(recipe.arguments, [], "a loader argument")
         walk_patches(patcher.patches, worker_host.adapter_parts)
+        found = worker_host.attributes(patcher)
+        attributes = encode_plain(found.values, "a replaced part of the model, ")
     except Unsupported as error:
         return f"{error}, which cannot travel to workers", None
     load = Load(
         key=_key(recipe, arguments), module=recipe.module, function=recipe.function,
         arguments=arguments, index=recipe.index, weights=worker_host.weights_print(patcher),
     )  # fmt: skip
-    version = str(patcher.patches_uuid) if patcher.patches else "none"
+    weights = str(patcher.patches_uuid) if patcher.patches else "none"
+    version = json.dumps([weights, attributes, found.casts_weights])
     patches = patcher.patches
 
     def encoded() -> Any:
         return encode_patches(patches, worker_host.adapter_parts)
 
-    return None, Model(load=load, version=version, patches=encoded)
+    return None, Model(
+        load=load, version=version, patches=encoded,
+        attributes=attributes, casts_weights=found.casts_weights,
+    )  # fmt: skip
 
 
 def _key(recipe: worker_host.Recipe, arguments: Any) -> str:

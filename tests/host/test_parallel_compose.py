@@ -206,3 +206,66 @@ def test_sharing_that_stops_within_a_run_leaves_the_cache_whole():
     assert late[0]["reason"] == "first", "nothing of the shared calls fits"
     assert any(one["reused"] for one in late)
     assert torch.isfinite(out).all()
+
+
+# --- attributes that nodes replace
+
+
+def with_dtype(model, dtype):
+    from comfy_extras.nodes_model_advanced import ModelComputeDtype
+
+    return ModelComputeDtype().patch(model, dtype)[0]
+
+
+@pytest.mark.parametrize("family", ["flux", "wan", "sd3"])
+@pytest.mark.parametrize("first", ["dtype", "parallel"])
+def test_a_compute_dtype_of_full_width(family, first):
+    model = tiny.load(family, heads=3)
+    expected = tiny.sample(with_dtype(model, "fp32"), family)
+    shared = parallel(with_dtype(model, "fp32"))
+    if first == "parallel":
+        shared = with_dtype(parallel(model), "fp32")
+    assert relative(tiny.sample(shared, family), expected) <= EQUAL
+    assert section(shared)["calls_local"] == 0, section(shared)["reasons"]
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_a_narrower_compute_dtype(dtype):
+    """Its rounding shows that it has travelled; afterwards the workers are as before.
+
+    Equal it cannot be: one device has both prompts in one batch, and rounds otherwise.
+    """
+    model = tiny.load("wan")
+    plain = tiny.sample(model, "wan")
+    narrow = with_dtype(model, dtype)
+    expected = tiny.sample(narrow, "wan")
+    effect = relative(plain, expected)
+    assert effect > 1e-4
+    shared = parallel(narrow)
+    out = tiny.sample(shared, "wan")
+    assert effect / 2 < relative(out, plain) < effect * 2
+    assert section(shared)["calls_local"] == 0
+    assert relative(tiny.sample(parallel(model), "wan"), plain) <= EQUAL
+    assert torch.equal(tiny.sample(model, "wan"), plain)
+
+
+def test_a_replaced_layer_stays_here():
+    model = tiny.load("wan")
+    model.add_object_patch("diffusion_model.head", model.model.diffusion_model.head)
+    model.add_object_patch("diffusion_model.out_dim", 16)
+    shared = parallel(model)
+    assert torch.equal(tiny.sample(shared, "wan"), tiny.sample(model, "wan"))
+    (reason,) = section(shared)["reasons"]
+    assert "diffusion_model.head is a " in reason
+    assert reason.endswith("cannot travel to workers")
+
+
+def test_a_plain_value_of_the_network_travels():
+    model = tiny.load("wan", heads=3)
+    model.add_object_patch("diffusion_model.freq_dim", model.model.diffusion_model.freq_dim)
+    other = model.clone()
+    other.add_object_patch("diffusion_model.blocks.0.norm1.eps", 0.5)
+    expected = tiny.sample(other, "wan")
+    assert relative(tiny.sample(model, "wan"), expected) > 1e-4
+    assert relative(tiny.sample(parallel(other), "wan"), expected) <= EQUAL
+    assert relative(tiny.sample(parallel(model), "wan"), tiny.sample(model, "wan")) <= EQUAL

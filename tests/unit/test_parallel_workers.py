@@ -60,6 +60,8 @@ def model(seed=0, patches=None):
         load=load,
         version=str(sorted(patches)),
         patches=lambda: encode_patches(patches, lambda value: None),
+        attributes=["dict"],
+        casts_weights=False,
     )
 
 

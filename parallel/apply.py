@@ -22,9 +22,10 @@ from .network_call import NetworkCall
 from .payload import encode_patches, walk_patches
 from .pool import Model, Pool
 from .route import BRANCH, Baton, can_route, run_both
-from .run_state import BeginAgain, ParallelRun, Shared
+from .run_state import ParallelRun
 from .runs import KEY, NAME
 from .shards import PlanError
+from .shared import BeginAgain, Shared
 from .wire import Unsupported, encode, encode_plain
 
 OWN_PACKAGE = (__package__ or "").rpartition(".")[0]

@@ -5,16 +5,13 @@ Pool and on what apply.py found out about the MODEL; touches no ComfyUI.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
-from ..backends.architectures.tokens import TokenPlan
-from ..backends.attention.override import Override
 from ..backends.calls import CALL, ModelCall
 from ..backends.report import Section
 from ..backends.run import Run
@@ -24,61 +21,20 @@ from .bind import Bound, bind
 from .config import SequenceParallelConfig, choose_layout
 from .control import local_control
 from .cost import Meter, advice
-from .crew import Setting
 from .engine import Call
 from .hooks import installed
 from .mesh import Layout, Links
 from .messages import Forward
 from .network_call import NetworkCall
-from .pool import Model, Pool
 from .report import Counts, section
 from .route import BRANCH, Baton, Cancelled
 from .runs import CallFacts
 from .shards import PlanError
+from .shared import OVERRIDE, Alone, BeginAgain, Shared
 from .wire import Meta, Unsupported, decode, encode
 
-OVERRIDE = "optimized_attention_override"
 _DROPPED = ("wrappers", "callbacks", OVERRIDE, "patches", "patches_replace")
 _JUDGED_CALL = 2  # the first shared call of a run warms up
-
-
-class _Alone(Exception):  # noqa: N818 - no error: the call runs on one device
-    """This call cannot be shared."""
-
-    def __init__(self, reason: str):
-        super().__init__(reason)
-        self.reason = reason
-
-
-class BeginAgain(Exception):  # noqa: N818 - no error
-    """What a block cache decided for this call cannot be done: its APPLY_MODEL must run again.
-
-    reason: why it must be on rank 0 alone; "" if it may be shared.
-    """
-
-    def __init__(self, reason: str):
-        super().__init__(reason)
-        self.reason = reason
-
-
-@dataclass(frozen=True)
-class Shared:
-    """A MODEL that workers can have.
-
-    meanwhile: raises when the user interrupts; memory_bytes: of a call on a latent of a shape.
-    """
-
-    pool: Pool
-    devices: tuple[str, ...]
-    device: torch.device
-    setting: Setting
-    model: Model
-    network: torch.nn.Module
-    plan: TokenPlan
-    num_heads: int | None
-    techniques: dict[str, dict[str, Any]]
-    meanwhile: Callable[[], None]
-    memory_bytes: Callable[[Sequence[int]], int]
 
 
 class ParallelRun:
@@ -138,7 +94,7 @@ class ParallelRun:
         now: ModelCall = call.options[CALL]
         try:
             return self._share(executor, call, method, network)
-        except _Alone as found:
+        except Alone as found:
             reason = found.reason
         if is_decided and now.num_ranks > 1:
             raise BeginAgain(reason)
@@ -148,25 +104,14 @@ class ParallelRun:
     def prepare(self, call: ModelCall, network: torch.nn.Module, options: dict[str, Any]) -> None:
         """Note in `call` how many ranks will share it, before a block cache decides about it."""
         layout = self.layout or self.choose(1)
-        is_alone = layout is None or self.refusal(network, options) is not None
-        call.num_ranks = 1 if layout is None or is_alone else layout.ranks
+        is_shared = layout is not None and self.refusal(network, options) is None
+        call.num_ranks = layout.ranks if layout is not None and is_shared else 1
 
     def refusal(self, network: torch.nn.Module, options: dict[str, Any]) -> str | None:
         """Why no call of `network` with these transformer_options can be shared, or None."""
         if self.reason or self.shared is None:
             return self.reason or "nothing to share with"
-        if network is not self.shared.network:
-            return "the network of another MODEL"
-        for kind in ("patches", "patches_replace"):
-            names = sorted(n for n, found in (options.get(kind) or {}).items() if found)
-            if names:
-                return f"patches of the model's blocks ({', '.join(names)}) cannot travel"
-        override = options.get(OVERRIDE)
-        if isinstance(override, Override):
-            override = override.previous
-        if override is not None:
-            return "an attention override cannot travel: use SlipstreamAttention instead"
-        return None
+        return self.shared.refusal(network, options)
 
     def _share(
         self,
@@ -175,17 +120,23 @@ class ParallelRun:
         method: str,
         network: torch.nn.Module,
     ) -> Any:
-        """A call over all ranks of the layout. Raises _Alone where that cannot be."""
+        """A call over all ranks of the layout. Raises Alone where that cannot be."""
         layout = self.layout or self.choose(1)
-        reason = self.refusal(network, call.options) or self._call_refusal(layout, call)
+        reason = self.refusal(network, call.options)
         if reason is not None:
-            raise _Alone(reason)
+            raise Alone(reason)
         assert self.shared is not None
         assert layout is not None
+        plan = self.shared.plan
+        if layout.ranks == 1 and self.baton is None:
+            raise Alone("one conditioning: cfg has nothing to split")
+        reason = plan.refuse and plan.refuse(call.arguments, call.options)
+        if reason:
+            raise Alone(reason)
         try:
-            encoded, tensors = call.encode(self.shared.plan.rebuilt, dropped=_DROPPED)
+            encoded, tensors = call.encode(plan.rebuilt, dropped=_DROPPED)
         except Unsupported as error:
-            raise _Alone(f"{error}, which cannot travel") from None
+            raise Alone(f"{error}, which cannot travel") from None
         try:
             with self._barrier():
                 has_workers = self._have_workers(call.options[CALL])
@@ -199,21 +150,12 @@ class ParallelRun:
             if self.baton is not None:
                 raise  # the pair of branches is repeated on one device
             self.stop_sharing(str(error))
-            raise _Alone(str(error)) from None
+            raise Alone(str(error)) from None
         if not has_workers:
             raise BeginAgain("")
         self.counts.shared += 1
         self.counts.layouts[layout] = self.counts.layouts.get(layout, 0) + 1
         return out
-
-    def _call_refusal(self, layout: Layout | None, call: NetworkCall) -> str | None:
-        """Why this call, whose options allow it, cannot be shared, or None."""
-        if layout is None or self.shared is None:
-            return "nothing to share with"
-        if layout.ranks == 1 and self.baton is None:
-            return "one conditioning: cfg has nothing to split"
-        plan = self.shared.plan
-        return plan.refuse(call.arguments, call.options) if plan.refuse is not None else None
 
     def _have_workers(self, call: ModelCall) -> bool:
         """Whether workers can join this call, which a block cache may have decided about already.

@@ -33,8 +33,9 @@ from slipstream.parallel.network_call import NetworkCall
 from slipstream.parallel.payload import encode_patches
 from slipstream.parallel.pool import Model, Pool
 from slipstream.parallel.route import BRANCH, Baton, run_both
-from slipstream.parallel.run_state import ParallelRun, Shared
+from slipstream.parallel.run_state import ParallelRun
 from slipstream.parallel.serve import Server
+from slipstream.parallel.shared import BeginAgain, Shared
 from slipstream.parallel.workers import WorkerError, ask
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals and /proc")
@@ -283,7 +284,7 @@ def test_new_workers_do_not_reuse_what_the_old_ones_had(pool):
     assert decided(True)
     pool.workers[0].handle._process.kill()
     pool.workers[0].handle._process.wait()
-    with pytest.raises(run_state.BeginAgain):
+    with pytest.raises(BeginAgain):
         session.call()
     found = session.state.section().json
     assert (found["calls_distributed"], found["calls_local"]) == (2, 0)

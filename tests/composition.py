@@ -1,21 +1,19 @@
 """The composition matrix: core's nodes that patch a MODEL, with what makes them act on a tiny one.
 
-CASES and UNTESTED together are exactly the nodes of the registry with a MODEL input and output;
-GUIDERS likewise for GUIDER outputs. A new node of core shows up as a difference.
+CASES and UNTESTED together are exactly the nodes of the registry with a MODEL input and output: a
+new node of core shows up as a difference.
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import core_nodes
 import tiny
 import torch
+from composition_runs import DIT, SVDQUANT, UNET, folder, load, text, tiny_name
 
-SVDQUANT, UNET = "svdquant", "unet"  # beside the families of tests/tiny.py
 CFG = 4.5
 EQUAL = 2e-6  # relative, in float32
 
@@ -27,7 +25,8 @@ class Case:
     idle: families whose picture it leaves as it is; quick: families in ./test, not only in
     ./test full; frames: of the latent; mask: the run is an inpainting one; refused: technique ->
     words of the error that it gives with this node; equal: largest relative difference, above
-    2e-6 where the node turns a change of the network's last bit into as much by itself.
+    2e-6 where the node turns a change of the network's last bit into as much by itself; alone:
+    words of the reason why some calls are not shared by sequence parallel.
     """
 
     families: tuple[str, ...] = ("flux",)
@@ -39,6 +38,7 @@ class Case:
     mask: bool = False
     refused: dict[str, str] = field(default_factory=dict)
     equal: float = EQUAL
+    alone: str = ""
 
 
 def lora(family: str) -> dict[str, torch.Tensor]:
@@ -59,11 +59,11 @@ def lora_name(family: str) -> str:
     import folder_paths
     from safetensors.torch import save_file
 
-    folder = Path(_folder().name)
+    loras = Path(folder().name)
     name = f"tiny_{family}.safetensors"
-    if not (folder / name).exists():
-        save_file(lora(family), folder / name)
-        folder_paths.add_model_folder_path("loras", str(folder))
+    if not (loras / name).exists():
+        save_file(lora(family), loras / name)
+        folder_paths.add_model_folder_path("loras", str(loras))
     return name
 
 
@@ -79,7 +79,7 @@ def latent(family: str) -> Any:
     return {"samples": tiny.latent(family)}
 
 
-DIT = ("flux", "wan")
+PATCHES, MERGE = "patches of the model's blocks", "is a builtins.function"
 LAYERS = {"double_layers": "1", "single_layers": "1", "start_percent": 0.0, "end_percent": 1.0}
 TWO_CACHES = {"cache": "both skip steps"}
 
@@ -98,18 +98,22 @@ CASES: dict[str, Case] = {
     "LTXVSpatioTemporalGuidance": Case(families=("ltxav",), inputs={"blocks": "1"}),
     "LatentApplyOperationCFG": Case(families=("flux",), sockets={"operation": sharpen}, equal=5e-6),
     "Mahiro": Case(families=DIT),
-    "NAGuidance": Case(families=("flux",), quick=("flux", SVDQUANT)),
+    "NAGuidance": Case(alone=PATCHES, families=("flux",), quick=("flux", SVDQUANT)),
     "PerpNeg": Case(families=DIT, sockets={"empty_conditioning": lambda family: text(family, 5)}),
     "PerturbedAttentionGuidance": Case(
-        families=(UNET, *DIT), idle=(*DIT, SVDQUANT), quick=(UNET, "flux")
+        alone=PATCHES, families=(UNET, *DIT), idle=(*DIT, SVDQUANT), quick=(UNET, "flux")
     ),
     "RenormCFG": Case(families=("flux",)),
     "RescaleCFG": Case(families=DIT),
-    "SelfAttentionGuidance": Case(families=(UNET, "wan"), idle=("wan",), quick=(UNET, "wan")),
-    "SkipLayerGuidanceDiT": Case(families=DIT, inputs=LAYERS, quick=("flux",)),
-    "SkipLayerGuidanceDiTSimple": Case(families=DIT, inputs=LAYERS),
+    "SelfAttentionGuidance": Case(
+        alone=PATCHES, families=(UNET, "wan"), idle=("wan",), quick=(UNET, "wan")
+    ),
+    "SkipLayerGuidanceDiT": Case(alone=PATCHES, families=DIT, inputs=LAYERS, quick=("flux",)),
+    "SkipLayerGuidanceDiTSimple": Case(alone=PATCHES, families=DIT, inputs=LAYERS),
     "SkipLayerGuidanceSD3": Case(
-        families=("sd3",), inputs={"layers": "1", "start_percent": 0.0, "end_percent": 1.0}
+        alone=PATCHES,
+        families=("sd3",),
+        inputs={"layers": "1", "start_percent": 0.0, "end_percent": 1.0},
     ),
     "TCFG": Case(families=DIT, equal=3e-5),
     "VideoLinearCFGGuidance": Case(families=("wan",)),
@@ -150,12 +154,14 @@ CASES: dict[str, Case] = {
     # the network
     "ChromaRadianceOptions": Case(families=("flux",), idle=("flux", SVDQUANT)),
     "FluxKVCache": Case(
-        families=("flux",), idle=("flux", SVDQUANT)
+        alone=PATCHES, families=("flux",), idle=("flux", SVDQUANT)
     ),  # it acts on reference latents
     "FreeU": Case(families=(UNET,)),
     "FreeU_V2": Case(families=(UNET,)),
     "HyperTile": Case(families=(UNET,), inputs={"tile_size": 32, "max_depth": 1}),
-    "ModelAttentionBackend": Case(families=DIT, idle=(*DIT, SVDQUANT)),
+    "ModelAttentionBackend": Case(
+        alone="an attention override", families=DIT, idle=(*DIT, SVDQUANT)
+    ),
     "ModelComputeDtype": Case(
         families=DIT, inputs={"dtype": "fp32"}, idle=(*DIT, SVDQUANT), quick=("flux",)
     ),
@@ -166,19 +172,23 @@ CASES: dict[str, Case] = {
     "UNetSelfAttentionMultiply": Case(families=(UNET,), inputs={"q": 1.5, "out": 1.2}),
     # weights and devices
     "LoraLoader": Case(families=DIT, sockets={"lora_name": lora_name, "clip": no_clip}),
-    "LoraLoaderBypass": Case(families=DIT, sockets={"lora_name": lora_name, "clip": no_clip}),
-    "LoraLoaderBypassModelOnly": Case(families=DIT, sockets={"lora_name": lora_name}),
+    "LoraLoaderBypass": Case(
+        alone="injections", families=DIT, sockets={"lora_name": lora_name, "clip": no_clip}
+    ),
+    "LoraLoaderBypassModelOnly": Case(
+        alone="injections", families=DIT, sockets={"lora_name": lora_name}
+    ),
     "LoraLoaderModelOnly": Case(families=DIT, sockets={"lora_name": lora_name}, quick=("flux",)),
     "LoraModelLoader": Case(families=DIT, sockets={"lora": lora}),
-    "ModelMergeAdd": Case(families=DIT),
+    "ModelMergeAdd": Case(alone=MERGE, families=DIT),
     "ModelMergeBlocks": Case(families=(UNET,)),
-    "ModelMergeFlux1": Case(families=("flux",)),
-    "ModelMergeLTXV": Case(families=("ltxv",)),
+    "ModelMergeFlux1": Case(alone=MERGE, families=("flux",)),
+    "ModelMergeLTXV": Case(alone=MERGE, families=("ltxv",)),
     "ModelMergeSD1": Case(families=(UNET,)),
-    "ModelMergeSD3_2B": Case(families=("sd3",)),
-    "ModelMergeSimple": Case(families=DIT, inputs={"ratio": 0.5}),
-    "ModelMergeSubtract": Case(families=DIT),
-    "ModelMergeWAN2_1": Case(families=("wan",)),
+    "ModelMergeSD3_2B": Case(alone=MERGE, families=("sd3",)),
+    "ModelMergeSimple": Case(alone=MERGE, families=DIT, inputs={"ratio": 0.5}),
+    "ModelMergeSubtract": Case(alone=MERGE, families=DIT),
+    "ModelMergeWAN2_1": Case(alone=MERGE, families=("wan",)),
     "MultiGPU_WorkUnits": Case(families=DIT, idle=(*DIT, SVDQUANT)),
     "SelectModelDevice": Case(families=DIT, idle=(*DIT, SVDQUANT)),
     "wanBlockSwap": Case(families=("wan",), idle=("wan",)),
@@ -216,38 +226,7 @@ UNTESTED = {
 }
 
 
-# --- models and runs
-
-
-@functools.cache
-def _folder() -> TemporaryDirectory[str]:
-    return TemporaryDirectory(prefix="slipstream-composition-")
-
-
-@functools.cache
-def load(family: str, seed: int = 0) -> Any:
-    """The family's tiny MODEL, one for the whole process; `unet` is an SD 1.5 of few channels."""
-    if family == SVDQUANT:
-        import svdquant_models
-        from slipstream.backends.svdquant.host import load_svdquant
-
-        path = svdquant_models.write_tiny(Path(_folder().name))
-        return load_svdquant(str(path), {"backend": "dequant", "dtype": "fp32"})
-    if family == UNET:
-        import comfy.supported_models
-
-        narrow = {**tiny.ALL["sd15"].unet(1), "model_channels": 64, "channel_mult": (1, 2)}
-        return tiny.in_memory(comfy.supported_models.SD15, narrow, seed)
-    return tiny.load(family, heads=3 if family == "sd3" else 1, seed=seed)
-
-
-def tiny_name(family: str) -> str:
-    """What tests/tiny.py calls it."""
-    return {SVDQUANT: "flux", UNET: "sd15"}.get(family, family)
-
-
-def text(family: str, seed: int = 1) -> Any:
-    return tiny.text(tiny_name(family), seed=seed)
+# --- runs
 
 
 def patched(name: str, family: str, model: Any) -> Any:
@@ -273,91 +252,3 @@ def sample(model: Any, family: str, name: str = "", *, steps: int) -> torch.Tens
         mask = torch.linspace(0, 1, shape[-1]).expand(1, 1, *shape[-2:]).clone()
     out = tiny.sample(model, tiny_name(family), steps=steps, cfg=CFG, shape=shape, mask=mask)
     return torch.cat([part.flatten() for part in out.unbind()]) if out.is_nested else out
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Largest difference, relative to the largest value of b."""
-    return ((a - b).abs().max() / b.abs().max()).item()
-
-
-# --- guiders
-
-
-def _guider(name: str, **inputs: Any) -> Callable[[Any, str], Any]:
-    def make(model: Any, family: str) -> Any:
-        made = {key: value(family) for key, value in inputs.items()}
-        if "cfg" in core_nodes.widgets(name, "FLOAT"):
-            made["cfg"] = 3.0  # a large one enlarges rounding as much
-        return core_nodes.run(name, model=model, **made)
-
-    return make
-
-
-def _text(seed: int) -> Callable[[str], Any]:
-    return lambda family: text(family, seed)
-
-
-_BOTH = {"positive": _text(1), "negative": _text(2)}
-GUIDERS: dict[str, tuple[tuple[str, ...], Callable[[Any, str], Any]]] = {
-    "BasicGuider": (DIT, _guider("BasicGuider", conditioning=_text(1))),
-    "CFGGuider": (DIT, _guider("CFGGuider", **_BOTH)),
-    "DualCFGGuider": (
-        DIT, _guider("DualCFGGuider", cond1=_text(1), cond2=_text(3), negative=_text(2))
-    ),
-    "DualModelGuider": (
-        DIT,
-        _guider("DualModelGuider", **_BOTH, model_negative=lambda family: load(family, 1)),
-    ),
-    "LTXVDualCFGGuider": (("ltxav",), _guider("LTXVDualCFGGuider", **_BOTH)),
-    "PerpNegGuider": (DIT, _guider("PerpNegGuider", **_BOTH, empty_conditioning=_text(5))),
-}  # fmt: skip
-
-
-def guided(
-    model: Any, family: str, guider: str, *, steps: int, sampler: Any = None
-) -> torch.Tensor:
-    """The latent of SamplerCustomAdvanced with this guider."""
-    import comfy.sample
-    import comfy.samplers
-
-    torch.manual_seed(0)
-    sampling = model.get_model_object("model_sampling")
-    empty = tiny.latent(tiny_name(family))
-    out = GUIDERS[guider][1](model, family).sample(
-        comfy.sample.prepare_noise(empty, 1), empty,
-        sampler or comfy.samplers.sampler_object("euler"),
-        comfy.samplers.calculate_sigmas(sampling, "simple", steps), disable_pbar=True, seed=1,
-    )  # fmt: skip
-    return torch.cat([part.flatten() for part in out.unbind()]) if out.is_nested else out
-
-
-# --- samplers and schedulers
-
-SAMPLERS = (
-    "euler", "euler_cfg_pp", "euler_ancestral", "euler_ancestral_cfg_pp", "heun", "heunpp2",
-    "exp_heun_2_x0", "exp_heun_2_x0_sde", "dpm_2", "dpm_2_ancestral", "lms", "dpm_fast",
-    "dpm_adaptive", "dpmpp_2s_ancestral", "dpmpp_2s_ancestral_cfg_pp", "dpmpp_sde",
-    "dpmpp_sde_gpu", "dpmpp_2m", "dpmpp_2m_cfg_pp", "dpmpp_2m_sde", "dpmpp_2m_sde_gpu",
-    "dpmpp_2m_sde_heun", "dpmpp_2m_sde_heun_gpu", "dpmpp_3m_sde", "dpmpp_3m_sde_gpu", "ddpm",
-    "lcm", "ipndm", "ipndm_v", "deis", "res_multistep", "res_multistep_cfg_pp",
-    "res_multistep_ancestral", "res_multistep_ancestral_cfg_pp", "gradient_estimation",
-    "gradient_estimation_cfg_pp", "er_sde", "seeds_2", "seeds_3", "sa_solver", "sa_solver_pece",
-    "ddim", "uni_pc", "uni_pc_bh2",
-)  # fmt: skip
-SCHEDULERS = (
-    "simple", "sgm_uniform", "karras", "exponential", "ddim_uniform", "beta", "normal",
-    "linear_quadratic", "kl_optimal",
-)  # fmt: skip
-SAMPLER_NODES = (
-    "KSamplerSelect", "SamplerDPMAdaptative", "SamplerDPMPP_2M_SDE", "SamplerDPMPP_2S_Ancestral",
-    "SamplerDPMPP_3M_SDE", "SamplerDPMPP_SDE", "SamplerER_SDE", "SamplerEulerAncestral",
-    "SamplerEulerAncestralCFGPP", "SamplerEulerCFGpp", "SamplerLCM", "SamplerLCMUpscale",
-    "SamplerLMS", "SamplerSASolver", "SamplerSEEDS2", "VOIDSampler",
-)  # fmt: skip
-UNTESTED_SAMPLER_NODES = {"SamplerARVideo": "needs a causal video model"}
-
-
-def sampler_of(name: str, model: Any) -> Any:
-    """The SAMPLER of a node, its widgets at their defaults."""
-    needs_model = bool(core_nodes.widgets(name, "MODEL"))
-    return core_nodes.run(name, **({"model": model} if needs_model else {}))

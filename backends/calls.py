@@ -33,6 +33,7 @@ class ModelCall:
     num_blocks: int | None = None  # set by whoever decides which blocks run
     skipped_blocks: frozenset[int] = frozenset()  # indices over all stacks, in execution order
     open_from: int | None = None  # blocks from here on wait for a decision
+    num_ranks: int = 1  # processes that share it: each has the hidden states of its own tokens
 
     def next_blocks(self, after: int) -> Iterator[int]:
         """Indices of the blocks behind `after` that will run in this call, as far as decided."""

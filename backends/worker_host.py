@@ -134,14 +134,36 @@ def obstacle(patcher: Any) -> str | None:
         "hook patches (weights that change during a run)": patcher.hook_patches,
         "injections": patcher.injections,
         "weight wrappers": patcher.weight_wrapper_patches,
-        "a replaced part of the network": [
-            name
-            for name in patcher.object_patches
-            if name.startswith("diffusion_model") or name == "manual_cast_dtype"
-        ],
     }
     names = [name for name, present in found.items() if present]
     return f"{' and '.join(names)} cannot travel to workers" if names else None
+
+
+@dataclass(frozen=True)
+class Attributes:
+    """What a MODEL replaces of the model's attributes, as far as its network sees them.
+
+    values: path below the model -> value; casts_weights: every layer casts its weights to the
+    dtype of its input, as ModelComputeDtype wants it.
+    """
+
+    values: dict[str, Any]
+    casts_weights: bool
+
+    def __post_init__(self) -> None:
+        for path in self.values:
+            if not _is_seen_by_network(path):
+                raise ValueError(f"{path} is not the network's")
+
+
+def attributes(patcher: Any) -> Attributes:
+    """What nodes have put on this MODEL. The sampler's parts (model_sampling) stay on rank 0."""
+    seen = {p: v for p, v in patcher.object_patches.items() if _is_seen_by_network(p)}
+    return Attributes(seen, bool(patcher.force_cast_weights))
+
+
+def _is_seen_by_network(path: str) -> bool:
+    return path == "manual_cast_dtype" or path.split(".")[0] == "diffusion_model"
 
 
 def memory_required(patcher: Any, shape: Sequence[int]) -> int:
@@ -299,11 +321,15 @@ def adapter(name: str, keys: Sequence[str], weights: Any) -> Any:
     raise ValueError(f"{name!r} is not a weight adapter of this ComfyUI")
 
 
-def patched(patcher: Any, patches: dict[str, list[Any]], version: Any) -> Any:
-    """A clone of `patcher` with these weight patches."""
+def patched(
+    patcher: Any, patches: dict[str, list[Any]], version: Any, attributes: Attributes
+) -> Any:
+    """A clone of `patcher` with these weight patches and attributes."""
     clone = patcher.clone()
     clone.patches = patches
     clone.patches_uuid = version
+    clone.object_patches = {**clone.object_patches, **attributes.values}
+    clone.force_cast_weights = attributes.casts_weights
     return clone
 
 

@@ -12,7 +12,7 @@ import torch
 from ..backends import host, worker_host
 from ..backends.architectures import find
 from ..backends.architectures.tokens import TokenPlan
-from ..backends.calls import call_options
+from ..backends.calls import CALL, call_options
 from ..backends.run import Run, attach, attached, current
 from .config import ParallelError, SequenceParallelConfig, choose_devices
 from .crew import Setting
@@ -22,10 +22,11 @@ from .network_call import NetworkCall
 from .payload import encode_patches, walk_patches
 from .pool import Model, Pool
 from .route import BRANCH, Baton, can_route, run_both
-from .run_state import ParallelRun, Shared
+from .run_state import ParallelRun
 from .runs import KEY, NAME
 from .shards import PlanError
-from .wire import Unsupported, encode
+from .shared import BeginAgain, Shared
+from .wire import Unsupported, encode, encode_plain
 
 OWN_PACKAGE = (__package__ or "").rpartition(".")[0]
 
@@ -130,19 +131,25 @@ def _model(patcher: Any, recipe: worker_host.Recipe) -> tuple[str | None, Any]:
     try:
         arguments = encode(recipe.arguments, [], "a loader argument")
         walk_patches(patcher.patches, worker_host.adapter_parts)
+        found = worker_host.attributes(patcher)
+        attributes = encode_plain(found.values, "a replaced part of the model, ")
     except Unsupported as error:
         return f"{error}, which cannot travel to workers", None
     load = Load(
         key=_key(recipe, arguments), module=recipe.module, function=recipe.function,
         arguments=arguments, index=recipe.index, weights=worker_host.weights_print(patcher),
     )  # fmt: skip
-    version = str(patcher.patches_uuid) if patcher.patches else "none"
+    weights = str(patcher.patches_uuid) if patcher.patches else "none"
+    version = json.dumps([weights, attributes, found.casts_weights])
     patches = patcher.patches
 
     def encoded() -> Any:
         return encode_patches(patches, worker_host.adapter_parts)
 
-    return None, Model(load=load, version=version, patches=encoded)
+    return None, Model(
+        load=load, version=version, patches=encoded,
+        attributes=attributes, casts_weights=found.casts_weights,
+    )  # fmt: skip
 
 
 def _key(recipe: worker_host.Recipe, arguments: Any) -> str:
@@ -172,14 +179,16 @@ def _state(options: dict[str, Any] | None) -> ParallelRun | None:
 
 def diffusion_model(executor: Any, *args: Any, **kwargs: Any) -> Any:
     """DIFFUSION_MODEL wrapper: one call of the network."""
-    state = _state(call_options(args, kwargs))
+    options = call_options(args, kwargs)
+    state = _state(options)
     if state is None:
         return executor(*args, **kwargs)
+    assert options is not None
     try:
         call = NetworkCall.of(executor.original, args, kwargs)
     except Unsupported as error:
-        return state.alone(str(error), lambda: executor(*args, **kwargs))
-    return state.call(executor, call, executor.original.__name__)
+        return state.alone(str(error), options[CALL], lambda: executor(*args, **kwargs))
+    return state.call(executor, call, executor.original.__name__, executor.class_obj)
 
 
 def apply_model(executor: Any, *args: Any, **kwargs: Any) -> Any:
@@ -187,12 +196,23 @@ def apply_model(executor: Any, *args: Any, **kwargs: Any) -> Any:
 
     Their forward is taken over for one call.
     """
-    state = _state(call_options(args, kwargs))
+    options = call_options(args, kwargs)
+    state = _state(options)
     network = executor.class_obj.diffusion_model
     architecture = find(network)
     wraps = architecture is None or architecture.notes.diffusion_model_wrappers
     if state is None or wraps or "forward" in network.__dict__:
         return executor(*args, **kwargs)
+    assert options is not None
+    state.prepare(options[CALL], network, options)
+    try:
+        with _taken_over(network, state):
+            return executor(*args, **kwargs)
+    except BeginAgain as again:
+        reason = again.reason
+    if reason:
+        options[CALL].num_ranks = 1
+        return state.alone(reason, options[CALL], lambda: executor(*args, **kwargs))
     with _taken_over(network, state):
         return executor(*args, **kwargs)
 
@@ -202,7 +222,8 @@ def _taken_over(network: torch.nn.Module, state: ParallelRun) -> Iterator[None]:
     original = network.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return state.call(original, NetworkCall.of(original, args, kwargs), "forward")
+        call = NetworkCall.of(original, args, kwargs)
+        return state.call(original, call, "forward", network, is_decided=True)
 
     network.__dict__["forward"] = forward
     try:
@@ -219,6 +240,8 @@ def calc_cond_batch(executor: Any, *args: Any, **kwargs: Any) -> Any:
     state = _state(model_options.get("transformer_options"))
     if state is None or state.shared is None or state.baton is not None:
         return executor(*args, **kwargs)
+    if state.refusal(model.diffusion_model, model_options["transformer_options"]) is not None:
+        return executor(*args, **kwargs)  # what the prompts have in one call stays together
     routable = can_route(conds) and "cache" not in state.shared.techniques
     layout = state.choose(2 if routable else 1)
     if layout is None or layout.cfg == 1 or not routable:

@@ -1,8 +1,10 @@
 """A block cache over ranks: rank 0 decides, and the workers do as it does.
 
 A decision taken before a call is handed over travels with it, one taken inside is broadcast as a
-byte. Workers can only reuse what they have computed, so rank 0 reuses a key's residual only if
-the last computed call of that key was shared with the same workers.
+byte. Workers can only reuse what they have computed, so in a shared call rank 0 reuses a key's
+residual only if the last computed call of that key was shared with the same workers. A call on
+rank 0 alone is rank 0's own business: the cache tells its residuals from those of shared calls by
+ModelCall.num_ranks.
 """
 
 from collections.abc import Hashable
@@ -25,6 +27,8 @@ class Decisions:
 
     def decide(self, call: ModelCall, reuse: bool) -> bool:
         """What all ranks do; called by the cache with what rank 0 would do."""
+        if call.num_ranks == 1:
+            return reuse
         reuse = reuse and call.key in self._stored
         if not reuse:
             self._computing.add(call.key)
@@ -46,14 +50,23 @@ class Decisions:
         self._stored |= self._computing
         self._computing.clear()
 
-    def forget(self, call: ModelCall) -> bool:
+    def lost(self, call: ModelCall) -> bool:
         """Workers were lost: nothing is stored everywhere. True if `call` was to reuse some."""
         self._computing.clear()
         self._stored.clear()
-        return any(reuse for index, reuse in self._early if index == call.index)
+        early = self.take_early(call)
+        if not any(early):
+            self._early = [(call.index, reuse) for reuse in early]
+        return any(early)
 
-    def alone(self) -> None:
-        """A call runs on rank 0 only, or has failed: nothing is stored everywhere."""
+    def alone(self, call: ModelCall) -> None:
+        """This call runs on rank 0 only: its key's residuals are no longer everywhere."""
+        self._early = [one for one in self._early if one[0] != call.index]
+        self._computing.discard(call.key)
+        self._stored.discard(call.key)
+
+    def failed(self) -> None:
+        """A shared call has failed: nothing is stored everywhere."""
         self._early.clear()
         self._computing.clear()
         self._stored.clear()

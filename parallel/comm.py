@@ -175,8 +175,12 @@ class Group:
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The memory of a contiguous tensor as uint8 [nbytes]."""
-    return tensor.view(-1).view(torch.uint8)
+    """The memory of a contiguous tensor as uint8 [nbytes].
+
+    One element is contiguous with any stride (0 where it was expanded), which a view to bytes
+    would not take.
+    """
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
 def _wait(work: Any) -> None:

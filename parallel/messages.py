@@ -76,11 +76,16 @@ class Load:
 
 @dataclass(frozen=True)
 class Patches:
-    """Weight patches of a loaded model: encoded, tensors beside. Answer: {"count", "sha256"}."""
+    """Weight patches of a loaded model: encoded, tensors beside. Answer: {"count", "sha256"}.
+
+    attributes: encoded values by path below the model; casts_weights: to the input's dtype.
+    """
 
     key: str
     version: str
     patches: Any
+    attributes: Any
+    casts_weights: bool
 
 
 @dataclass(frozen=True)

@@ -50,11 +50,16 @@ WORKER_PROGRAM = Path(__file__).with_name("start_worker.py")
 
 @dataclass(frozen=True)
 class Model:
-    """A model as workers know it. patches() is only called for a version they do not have."""
+    """A model as workers know it. patches() is only called for a version they do not have.
+
+    attributes, casts_weights: as in Patches.
+    """
 
     load: Load
     version: str
     patches: Callable[[], tuple[Any, list[torch.Tensor], str]]  # encoded, tensors, sha256
+    attributes: Any
+    casts_weights: bool
 
 
 class Pool:
@@ -140,7 +145,7 @@ class Pool:
         outdated = [w for w in workers if w.models[key] != model.version]
         if outdated:
             encoded, tensors, digest = model.patches()
-            message = Patches(key, model.version, encoded)
+            message = Patches(key, model.version, encoded, model.attributes, model.casts_weights)
             facts = ask(outdated, message, tensors, timeout_s=_LOAD_TIMEOUT_S, meanwhile=meanwhile)
             for worker, found in zip(outdated, facts, strict=True):
                 if found["sha256"] != digest:

@@ -5,16 +5,13 @@ Pool and on what apply.py found out about the MODEL; touches no ComfyUI.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
-from ..backends.architectures.tokens import TokenPlan
-from ..backends.attention.override import Override
 from ..backends.calls import CALL, ModelCall
 from ..backends.report import Section
 from ..backends.run import Run
@@ -24,43 +21,20 @@ from .bind import Bound, bind
 from .config import SequenceParallelConfig, choose_layout
 from .control import local_control
 from .cost import Meter, advice
-from .crew import Setting
 from .engine import Call
 from .hooks import installed
 from .mesh import Layout, Links
 from .messages import Forward
 from .network_call import NetworkCall
-from .pool import Model, Pool
 from .report import Counts, section
 from .route import BRANCH, Baton, Cancelled
 from .runs import CallFacts
 from .shards import PlanError
+from .shared import OVERRIDE, Alone, BeginAgain, Shared
 from .wire import Meta, Unsupported, decode, encode
 
-OVERRIDE = "optimized_attention_override"
 _DROPPED = ("wrappers", "callbacks", OVERRIDE, "patches", "patches_replace")
-_TOO_LATE = "new workers lack the results that a block cache reuses in this call"
 _JUDGED_CALL = 2  # the first shared call of a run warms up
-
-
-@dataclass(frozen=True)
-class Shared:
-    """A MODEL that workers can have.
-
-    meanwhile: raises when the user interrupts; memory_bytes: of a call on a latent of a shape.
-    """
-
-    pool: Pool
-    devices: tuple[str, ...]
-    device: torch.device
-    setting: Setting
-    model: Model
-    network: torch.nn.Module
-    plan: TokenPlan
-    num_heads: int | None
-    techniques: dict[str, dict[str, Any]]
-    meanwhile: Callable[[], None]
-    memory_bytes: Callable[[Sequence[int]], int]
 
 
 class ParallelRun:
@@ -108,53 +82,85 @@ class ParallelRun:
 
     # --- calls
 
-    def call(self, executor: Callable[..., Any], call: NetworkCall, method: str) -> Any:
-        """One call of the network: shared if it can be, else on rank 0 alone."""
+    def call(
+        self,
+        executor: Callable[..., Any],
+        call: NetworkCall,
+        method: str,
+        network: torch.nn.Module,
+        *,
+        is_decided: bool = False,
+    ) -> Any:
+        """One call of `network`: shared if it can be, else on rank 0 alone.
+
+        is_decided: a block cache has decided about it already, for call.num_ranks. Raises
+        BeginAgain if it cannot be carried out so.
+        """
+        now: ModelCall = call.options[CALL]
+        try:
+            return self._share(executor, call, method, network)
+        except Alone as found:
+            reason = found.reason
+        if is_decided and now.num_ranks > 1:
+            raise BeginAgain(reason)
+        now.num_ranks = 1
+        return self.alone(reason, now, partial(call.run, executor))
+
+    def prepare(self, call: ModelCall, network: torch.nn.Module, options: dict[str, Any]) -> None:
+        """Note in `call` how many ranks will share it, before a block cache decides about it."""
         layout = self.layout or self.choose(1)
-        reason = self.reason or self._refusal(layout, call)
-        if reason:
-            return self.alone(reason, partial(call.run, executor))
+        is_shared = layout is not None and self.refusal(network, options) is None
+        call.num_ranks = layout.ranks if layout is not None and is_shared else 1
+
+    def refusal(self, network: torch.nn.Module, options: dict[str, Any]) -> str | None:
+        """Why no call of `network` with these transformer_options can be shared, or None."""
+        if self.reason or self.shared is None:
+            return self.reason or "nothing to share with"
+        return self.shared.refusal(network, options)
+
+    def _share(
+        self,
+        executor: Callable[..., Any],
+        call: NetworkCall,
+        method: str,
+        network: torch.nn.Module,
+    ) -> Any:
+        """A call over all ranks of the layout. Raises Alone where that cannot be."""
+        layout = self.layout or self.choose(1)
+        reason = self.refusal(network, call.options)
+        if reason is not None:
+            raise Alone(reason)
         assert self.shared is not None
         assert layout is not None
+        plan = self.shared.plan
+        if layout.ranks == 1 and self.baton is None:
+            raise Alone("one conditioning: cfg has nothing to split")
+        reason = plan.refuse and plan.refuse(call.arguments, call.options)
+        if reason:
+            raise Alone(reason)
         try:
-            encoded, tensors = call.encode(self.shared.plan.rebuilt, dropped=_DROPPED)
+            encoded, tensors = call.encode(plan.rebuilt, dropped=_DROPPED)
         except Unsupported as error:
-            return self.alone(f"{error}, which cannot travel", partial(call.run, executor))
+            raise Alone(f"{error}, which cannot travel") from None
         try:
             with self._barrier():
-                if not self._have_workers(call.options[CALL]):
-                    return self.alone(_TOO_LATE, partial(call.run, executor))
-                links, message = self._message(layout, call, method, encoded, tensors)
-                if call.options.get(BRANCH):
-                    out = self._remote(links, message, tensors)
-                else:
-                    out = self._together(links, message, tensors, call, executor)
+                has_workers = self._have_workers(call.options[CALL])
+                if has_workers:
+                    links, message = self._message(layout, call, method, encoded, tensors)
+                    if call.options.get(BRANCH):
+                        out = self._remote(links, message, tensors)
+                    else:
+                        out = self._together(links, message, tensors, call, executor)
         except PlanError as error:
             if self.baton is not None:
                 raise  # the pair of branches is repeated on one device
             self.stop_sharing(str(error))
-            return self.alone(str(error), partial(call.run, executor))
+            raise Alone(str(error)) from None
+        if not has_workers:
+            raise BeginAgain("")
         self.counts.shared += 1
         self.counts.layouts[layout] = self.counts.layouts.get(layout, 0) + 1
         return out
-
-    def _refusal(self, layout: Layout | None, call: NetworkCall) -> str | None:
-        """Why this call cannot be shared, or None."""
-        if layout is None or self.shared is None:
-            return "nothing to share with"
-        if layout.ranks == 1 and self.baton is None:
-            return "one conditioning: cfg has nothing to split"
-        for kind in ("patches", "patches_replace"):
-            names = sorted(n for n, found in (call.options.get(kind) or {}).items() if found)
-            if names:
-                return f"patches of the model's blocks ({', '.join(names)}) cannot travel"
-        override = call.options.get(OVERRIDE)
-        if isinstance(override, Override):
-            override = override.previous
-        if override is not None:
-            return "an attention override cannot travel: use SlipstreamAttention instead"
-        plan = self.shared.plan
-        return plan.refuse(call.arguments, call.options) if plan.refuse is not None else None
 
     def _have_workers(self, call: ModelCall) -> bool:
         """Whether workers can join this call, which a block cache may have decided about already.
@@ -168,7 +174,7 @@ class ParallelRun:
         setting, meanwhile = shared.setting, shared.meanwhile
         if shared.pool.is_ready(shared.devices, setting, shared.model, meanwhile=meanwhile):
             return True
-        is_too_late = self.decisions.forget(call)
+        is_too_late = self.decisions.lost(call)
         shared.pool.prepare(shared.devices, setting, shared.model, meanwhile=meanwhile)
         return not is_too_late
 
@@ -227,6 +233,7 @@ class ParallelRun:
         )
         is_judged = self.counts.shared + 1 == _JUDGED_CALL
         meter = Meter(links.clock) if is_judged else None  # reading a clock waits for the device
+        call.options[CALL].num_ranks = links.layout.ranks
         self.decisions.mesh = links.mesh
         try:
             with (
@@ -263,10 +270,10 @@ class ParallelRun:
         )  # fmt: skip
         return decode(found, received, device=shared.device)
 
-    def alone(self, reason: str, function: Callable[[], Any]) -> Any:
+    def alone(self, reason: str, call: ModelCall, function: Callable[[], Any]) -> Any:
         """A call on rank 0 only, counted with its reason."""
         self.counts.count_local(reason)
-        self.decisions.alone()
+        self.decisions.alone(call)
         return function()
 
     @contextmanager
@@ -286,7 +293,7 @@ class ParallelRun:
             with self.shared.pool.recovered(self.config.timeout_s):
                 yield
         except BaseException:
-            self.decisions.alone()
+            self.decisions.failed()
             raise
 
     def _attach_cache(self) -> None:

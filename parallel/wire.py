@@ -81,6 +81,15 @@ def encode(
     return one(value, path)
 
 
+def encode_plain(value: Any, path: str) -> Any:
+    """`value`, which must hold no tensor, as JSON. Raises Unsupported."""
+    tensors: list[torch.Tensor] = []
+    encoded = encode(value, tensors, path)
+    if tensors:
+        raise Unsupported(f"{path} is or holds a tensor")
+    return encoded
+
+
 def decode(
     value: Any,
     tensors: Sequence[torch.Tensor],

@@ -101,7 +101,9 @@ class LoadedModels:
         patches = decode_patches(message.patches, tensors, worker_host.adapter)
         _, _, sha256 = encode_patches(patches, worker_host.adapter_parts)
         base = self._bases[message.key]
-        self._models[message.key] = LoadedModel(worker_host.patched(base, patches, message.version))
+        attributes = worker_host.Attributes(decode(message.attributes, []), message.casts_weights)
+        patched = worker_host.patched(base, patches, message.version, attributes)
+        self._models[message.key] = LoadedModel(patched)
         return {"count": len(patches), "sha256": sha256}
 
     def unload(self, key: str) -> None:

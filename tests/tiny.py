@@ -157,11 +157,13 @@ def sample(
     positive: Any = None,
     negative: Any = None,
     callback: Any = None,
+    mask: Any = None,
 ) -> Any:
     """The latent that KSampler would return.
 
     split: the negative prompt has another length, so that cond and uncond are separate calls;
-    shape: instead of the family's latent; callback(step, denoised, x, total): after each step.
+    shape: instead of the family's latent; callback(step, denoised, x, total): after each step;
+    mask: of an inpainting run, 1 where the picture may change.
     """
     import comfy.sample
 
@@ -178,6 +180,7 @@ def sample(
         positive or text(family, tokens=tokens, seed=1),
         negative or text(family, tokens=other, seed=2),
         empty,
+        noise_mask=mask,
         callback=callback,
         disable_pbar=True,
         seed=seed,

@@ -62,7 +62,7 @@ class BlockCache(Deciding):
         if self.hook == "apply_model":
             network = network.diffusion_model
         blocks = self._stack(network)
-        signature = signature_of(args)
+        signature = (*signature_of(args), call.num_ranks)
         decision = self.decisions.begin(call, signature)
         call.num_blocks = len(blocks)
         between = self._between

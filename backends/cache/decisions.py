@@ -25,6 +25,8 @@ _FORGET_AFTER = 2
 # this has cost more accuracy than repeating (relative error .116 against .032).
 _MAX_STATIC_GAP = 3
 
+OVERRULED = "sequence parallel decided"
+
 Decider = Callable[[ModelCall, bool], bool]  # what this process would do -> what is done
 Signature = tuple[Any, ...]
 
@@ -162,7 +164,7 @@ class Decisions:
         if self.decider is not None:
             wanted = self.decider(call, decision.reuse)
             if wanted != decision.reuse and (not wanted or call.key in self._held):
-                decision = Decision(wanted, decision.diff, "decided elsewhere")
+                decision = Decision(wanted, decision.diff, OVERRULED)
         if self._leader is None:
             self._leader = decision.reuse
         self.engine.settle(call.key, decision.reuse)

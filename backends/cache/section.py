@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..report import Curve, Grid, Section
-from .decisions import Event
+from .decisions import OVERRULED, Event
 
 COMPUTED, REUSED = "computed", "reused"
 LEGEND = {COMPUTED: "computed", REUSED: "reused"}
@@ -74,6 +74,13 @@ def zero_reuse_sentence(
         return (
             f"{strategy} reused nothing: warmup and cooldown cover all steps. "
             "Lower warmup, or use more steps."
+        )
+    num_overruled = sum(event.decision.reason == OVERRULED for event in events)
+    if num_overruled:
+        return (
+            f"{strategy} reused nothing: sequence parallel computed {num_overruled} of "
+            f"{len(events)} calls that it would have reused, because the workers did not have "
+            "the earlier results."
         )
     known = (e.decision.diff for e in events if e.decision.diff is not None)
     diffs = sorted(diff for diff in known if math.isfinite(diff))

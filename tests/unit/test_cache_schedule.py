@@ -1,7 +1,9 @@
 """Which steps may reuse: masks of every length, verdicts, counts, the suggested threshold."""
 
+from dataclasses import replace
+
 import pytest
-from slipstream.backends.cache.decisions import Decision, Event
+from slipstream.backends.cache.decisions import OVERRULED, Decision, Event
 from slipstream.backends.cache.schedule import (
     ASK,
     COMPUTE,
@@ -105,6 +107,9 @@ def test_zero_reuse_has_a_sentence_for_every_cause():
     assert "above threshold" in zero_reuse_sentence("pab", events([None] * 3), None, 3)
     broken = zero_reuse_sentence("fbcache", events([float("nan")] * 3), 0.1, 3)
     assert "every call was computed" in broken  # a broken picture is reported, never an exception
+    below = [replace(e, decision=Decision(False, 0.1, OVERRULED)) for e in events([0.1] * 3)]
+    overruled = zero_reuse_sentence("fbcache", [*events([None]), *below], 0.48, 3)
+    assert "sequence parallel computed 3 of 4 calls that it would have reused" in overruled
     assert zero_reuse_sentence("cache-dit", events([0.1, 0.2], reuse=(1,)), 0.15, 2) is None
     assert zero_reuse_sentence("cache-dit", [], 0.1, 3) is None
 

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 from forked_ranks import run_ranks
-from slipstream.parallel.comm import Clock, TransportError
+from slipstream.parallel.comm import Clock, TransportError, as_bytes
 from slipstream.parallel.mesh import Layout
 from slipstream.parallel.ring import merge, partial_attention
 from slipstream.parallel.watch import Watch
@@ -47,6 +47,24 @@ def test_exchange_with_nothing_for_some():
         return [t.tolist() for t in group.exchange(parts, shapes).wait()]
 
     assert run_ranks(2, body) == [[[], []], [[1.0] * 3, []]]
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.tensor(0.5).expand(1),
+        torch.tensor(0.5).expand(1, 1),
+        torch.tensor(3, dtype=torch.int16),
+        torch.arange(6.0).view(2, 3)[1:],
+        torch.arange(6.0)[4:5],
+        torch.zeros(0, 3),
+    ],
+    ids=["expanded", "expanded twice", "scalar", "row", "element", "empty"],
+)
+def test_bytes_of_a_tensor_are_its_memory(tensor):
+    found = as_bytes(tensor)
+    assert found.tolist() == list(tensor.numpy().tobytes())
+    assert found.data_ptr() == tensor.data_ptr(), "receiving writes into it"
 
 
 def test_gather_broadcast_send_and_bytes_counted():

@@ -43,6 +43,16 @@ def environment(*, comfyui: Path | None = None) -> dict[str, Any]:
     return found
 
 
+_SAME = ("commit", "torch", "device", "driver", "packages", "comfyui")
+
+
+def same_machine(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether two results may stand in one table: same GPU, versions, commit and rehearsal."""
+    one, other = before.get("environment", {}), now["environment"]
+    rehearsed = bool(before.get("rehearsal")) == bool(now.get("rehearsal"))
+    return rehearsed and all(one.get(name) == other.get(name) for name in _SAME)
+
+
 def num_cores() -> int | None:
     """Cores that this process may use (taskset and containers allow fewer than there are)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

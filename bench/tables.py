@@ -12,6 +12,9 @@ from .goals import goals
 Json = dict[str, Any]
 
 
+REHEARSAL = "**A rehearsal** with tiny sizes: it shows that the program runs. No number is meant."
+
+
 def suite_name(found: Json) -> str:
     """Of a suite's files: a quick run does not take the place of a whole one."""
     return "suite-quick" if found.get("quick") else "suite"
@@ -95,8 +98,9 @@ def attention_page(found: Json) -> str:
             for k in shape["kernels"]
         ]
         parts.append(table(header, rows))
-        lines = [f"- {name}: {why}" for name, why in shape["not_measured"].items()]
-        parts += ["Not measured:\n\n" + "\n".join(lines)] if lines else []
+        for key, word in (("failed", "Failed"), ("not_measured", "Not measured")):
+            lines = [f"- {name}: {why}" for name, why in shape.get(key, {}).items()]
+            parts += [f"{word}:\n\n" + "\n".join(lines)] if lines else []
     return "\n\n".join(parts) + "\n"
 
 
@@ -207,6 +211,7 @@ def preface(found: Json) -> list[str]:
         "`python bench pages`.",
         f"Commit {made['commit']}, {made['date']}, {where}, load {made['load']} at the start. "
         f"{', '.join(versions)}.",
+        *([REHEARSAL] if found.get("rehearsal") else []),
     ]
 
 

@@ -15,7 +15,12 @@ PAGES = (
     | parallel_page.PAGES
     | svdquant_pages.PAGES
 )
-CHARTS = {"suite": chart.draw_suite, "suite-quick": chart.draw_suite, "quality": chart.draw_quality}
+CHARTS = {
+    "suite": chart.draw_suite,
+    "suite-quick": chart.draw_suite,
+    "full-width": chart.draw_suite,
+    "quality": chart.draw_quality,
+}
 
 
 def rendered(folder: Path = FOLDER) -> dict[Path, str]:

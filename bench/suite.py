@@ -50,7 +50,7 @@ def plan(demo: TrainedModel, folder: Path, *, quick: bool) -> Plan:
         from .subjects_gpu import gpu_subjects
 
         rounds = _QUICK_GPU_ROUNDS if quick else _GPU_ROUNDS
-        found += [(maker, rounds) for maker in gpu_subjects(demo)]
+        found += [(maker, rounds) for maker in gpu_subjects()]
     return found
 
 

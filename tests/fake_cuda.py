@@ -23,7 +23,8 @@ MIXED = (
     "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu!"
 )
 # Operators that take tensors of both devices (indices and what is copied may be the CPU's).
-_MAY_MIX = {"_to_copy", "copy_", "_copy_from", "index", "index_put", "index_put_", "to"}
+_MAY_MIX = {"_to_copy", "to", "copy_", "index", "index_put", "index_put_"}
+_MAY_MIX.add("_has_compatible_shallow_copy_type")
 _aten = torch.ops.aten
 
 
@@ -78,6 +79,12 @@ class CudaTensor(torch.Tensor):
     def __tensor_unflatten__(parts: Any, context: Any, size: Any, stride: Any) -> "CudaTensor":
         return CudaTensor(parts["held"])
 
+    def data_ptr(self) -> int:
+        return self.held.data_ptr()
+
+    def untyped_storage(self) -> Any:
+        return self.held.untyped_storage()
+
     def tolist(self) -> Any:
         return self.held.tolist()
 
@@ -109,7 +116,8 @@ def computed(func: Any, args: Any, kwargs: Any) -> Any:
     name = func.__name__.split(".")[0]
     if ours and name not in _MAY_MIX and any(x.ndim and x.device == CPU for x in found):
         raise RuntimeError(f"{MIXED} (in {func})")
-    device = kwargs.get("device")
+    devices = (x for x in args if isinstance(x, torch.device))  # as `to` has it in inference mode
+    device = kwargs.get("device") or next(devices, None)
     on_cuda = torch.device(device).type == "cuda" if device is not None else bool(ours)
     if name in ("copy_", "index_put_"):
         on_cuda = isinstance(args[0], CudaTensor)
@@ -168,6 +176,7 @@ def _flash(q: Any, k: Any, v: Any, *_: Any, scale: Any = None) -> Any:
 
 
 _OPERATORS = {
+    "_has_compatible_shallow_copy_type": lambda *_: False,  # as between two kinds of tensor
     "_fused_sdp_choice": lambda *args, **kwargs: 0,  # plain mathematics
     "_scaled_dot_product_cudnn_attention": _cudnn,
     "_scaled_dot_product_efficient_attention": _efficient,
@@ -259,6 +268,8 @@ def start(capability: tuple[int, int] = (9, 0)) -> None:
         "device_count": lambda: 1,
         "current_device": lambda: 0,
         "set_device": lambda device: None,
+        "_exchange_device": lambda index: 0,  # of `with torch.cuda.device(...)`
+        "_maybe_exchange_device": lambda index: 0,
         "synchronize": lambda device=None: None,
         "empty_cache": lambda: None,
         "ipc_collect": lambda: None,

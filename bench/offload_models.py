@@ -1,6 +1,7 @@
 """Random-weight models of full width for `python bench offload`, and the sizes to sample."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -71,15 +72,25 @@ def turn_dynamic_on() -> None:
     comfy.memory_management.aimdo_enabled = True
 
 
+def random_block() -> torch.Tensor:
+    """A million small random numbers in bf16."""
+    generator = torch.Generator().manual_seed(0)
+    return (torch.randn(1 << 20, generator=generator) * 0.02).bfloat16()
+
+
+def repeated(some: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """`some`, again and again: drawing billions of numbers takes minutes."""
+    count = math.prod(shape)
+    return some.repeat(-(-count // some.numel()))[:count].view(shape)
+
+
 def random_weights(network: torch.nn.Module) -> dict[str, torch.Tensor]:
     """bf16 weights of a network on the meta device, from one small random block, repeated."""
-    generator = torch.Generator().manual_seed(0)
-    some = (torch.randn(1 << 20, generator=generator) * 0.02).bfloat16()
+    some = random_block()
     weights = {}
     for name, value in network.state_dict().items():
         if value.ndim > 1:
-            count = value.numel()
-            weights[name] = some.repeat(-(-count // some.numel()))[:count].view(value.shape)
+            weights[name] = repeated(some, value.shape)
         else:
             is_scale = name.endswith(("weight", "scale"))  # of a norm
             weights[name] = torch.full(value.shape, 1.0 if is_scale else 0.0).bfloat16()

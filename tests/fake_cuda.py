@@ -24,8 +24,6 @@ MIXED = (
 )
 # Operators that take tensors of both devices (indices and what is copied may be the CPU's).
 _MAY_MIX = {"_to_copy", "to", "copy_", "index", "index_put", "index_put_"}
-_MAY_MIX.add("_has_compatible_shallow_copy_type")
-_aten = torch.ops.aten
 
 
 class Memory:
@@ -105,6 +103,9 @@ class _Everywhere(TorchDispatchMode):
     """Sees what makes or moves tensors, whose arguments need not be the device's."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = (torch.Tensor, torch.nn.Parameter, CudaTensor)
+        if any(kind not in known for kind in types):
+            return NotImplemented  # a quantised tensor does it by itself, on its own parts
         return computed(func, args, kwargs or {})
 
 
@@ -126,19 +127,20 @@ def computed(func: Any, args: Any, kwargs: Any) -> Any:
     if not on_cuda:
         return out
     same = {id(x.held): x for x in ours}
-    rooms = {x.held.untyped_storage().data_ptr(): x.room for x in ours}
+    bases = {x.held.untyped_storage().data_ptr(): x for x in ours}
 
     def placed(x: Any) -> Any:
         if not isinstance(x, torch.Tensor) or isinstance(x, CudaTensor):
             return x
-        known = same.get(id(x))
-        return known if known is not None else CudaTensor(x, _room_of(x, rooms))
+        if id(x) in same:
+            return same[id(x)]
+        base = bases.get(x.untyped_storage().data_ptr())
+        if base is None:
+            return CudaTensor(x)
+        with torch.inference_mode(base.is_inference()):  # a view is what its base is
+            return CudaTensor(x, base.room)
 
     return tree_map(placed, out)
-
-
-def _room_of(x: torch.Tensor, rooms: dict[int, Room]) -> Room | None:
-    return rooms.get(x.untyped_storage().data_ptr())
 
 
 def _to_cpu(x: Any) -> Any:
@@ -176,7 +178,6 @@ def _flash(q: Any, k: Any, v: Any, *_: Any, scale: Any = None) -> Any:
 
 
 _OPERATORS = {
-    "_has_compatible_shallow_copy_type": lambda *_: False,  # as between two kinds of tensor
     "_fused_sdp_choice": lambda *args, **kwargs: 0,  # plain mathematics
     "_scaled_dot_product_cudnn_attention": _cudnn,
     "_scaled_dot_product_efficient_attention": _efficient,
@@ -298,6 +299,15 @@ def start(capability: tuple[int, int] = (9, 0)) -> None:
         setattr(torch.cuda, name, value)
     torch._C._cuda_getDevice = lambda: 0  # type: ignore[attr-defined]
     torch._C._ensureCUDADeviceGuardSet()  # torch's own no-op guard for machines without a GPU
+    compatible = torch._has_compatible_shallow_copy_type
+
+    def same_kind(
+        input: torch.Tensor, from_: torch.Tensor
+    ) -> bool:  # torch.compile knows its names
+        mixed = isinstance(input, CudaTensor) != isinstance(from_, CudaTensor)
+        return not mixed and compatible(input, from_)
+
+    torch._has_compatible_shallow_copy_type = same_kind  # type: ignore[assignment]
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(data, device=...) moves what it made
     generator = torch.Generator
 

@@ -64,7 +64,7 @@ def child(model: str, options: argparse.Namespace) -> int:
     with tqdm(mininterval=1) as bar:
         subject = full_width(one, rehearse=options.rehearse)
         chosen = sides(everything=options.all)
-        rounds = 2 if options.rehearse else MOST_ROUNDS
+        rounds = 1 if options.rehearse else MOST_ROUNDS
         part = measure(subject, chosen, rounds, bar, made=made, ends=ends)
     part |= {"model": model, "seconds": round(time.monotonic() - started, 1)}
     print(MARK + json.dumps(part), flush=True)

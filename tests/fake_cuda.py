@@ -290,6 +290,9 @@ def start(capability: tuple[int, int] = (9, 0)) -> None:
         "current_stream": lambda device=None: _MAIN,
         "default_stream": lambda device=None: _MAIN,
         "stream": lambda stream: stream if stream is not None else _MAIN,
+        "cudart": lambda: SimpleNamespace(
+            cudaHostRegister=lambda *_: 0, cudaHostUnregister=lambda *_: 0
+        ),
         "Event": Event,
         "Stream": Stream,
         "manual_seed_all": lambda seed: None,

@@ -1,0 +1,89 @@
+"""What `python bench gpu` finds here: the GPU, the kernels, a ComfyUI that can be imported."""
+
+import argparse
+import json
+import re
+import subprocess
+from typing import Any
+
+import torch
+
+from ..backends.attention.kernels.table import KERNELS
+from .children import command, last_line
+from .environment import environment
+from .in_process import use_comfyui
+from .setup_env import SetupError
+
+MARK = "preflight: "
+# What ComfyUI's own folders and files are called, as far as loaders and samplers import them.
+OF_COMFYUI = (
+    "comfy", "comfy_api", "comfy_api_nodes", "comfy_config", "comfy_execution", "comfy_extras",
+    "app", "execution", "folder_paths", "latent_preview", "node_helpers", "nodes", "protocol",
+    "server", "utils",
+)  # fmt: skip
+_NAMED = re.compile(r"No module named '([\w.]+)'")
+
+Json = dict[str, Any]
+
+
+def main() -> int:
+    """Answer as a line of JSON: a process of its own, so that none of it stays on the GPU."""
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    print(MARK + json.dumps(look()), flush=True)
+    return 0
+
+
+def ask() -> Json:
+    """What main() answers in a process of its own."""
+    done = subprocess.run(command("gpu_preflight"), capture_output=True, text=True, check=False)
+    lines_ = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
+    if not lines_:
+        return {"no_gpu": last_line(done.stderr) or f"exit code {done.returncode}"}
+    return json.loads(lines_[-1][len(MARK) :])
+
+
+def look() -> Json:
+    """environment, kernels that are not installed, why ComfyUI cannot be used; or no_gpu."""
+    if not torch.cuda.is_available():
+        return {"no_gpu": f"torch {torch.__version__} sees none"}
+    found: Json = {"missing": {}}
+    for kernel in KERNELS.values():
+        reason = kernel.available()
+        if reason is not None:
+            found["missing"][kernel.id] = reason
+    comfyui = None
+    try:
+        comfyui = use_comfyui(cpu=False)
+        import comfy.sample
+        import comfy.sd  # noqa: F401 - what the parts load and sample with
+        import comfy_extras.nodes_easycache
+        import comfy_extras.nodes_model_advanced  # noqa: F401 - core's sides
+    except SetupError as error:
+        found["comfyui_error"] = str(error)
+    except ModuleNotFoundError as error:
+        found["comfyui_error"] = lacking(str(error))
+    except Exception as error:  # noqa: BLE001 - whatever ComfyUI's imports raise is the answer
+        found["comfyui_error"] = f"{type(error).__name__}: {last_line(str(error))}"
+    return {"environment": environment(comfyui=comfyui), **found}
+
+
+def lacking(message: str) -> str:
+    """What to do about "No module named ..."."""
+    named = _NAMED.search(message)
+    if named is None:
+        return message
+    top = named[1].split(".")[0]
+    if top in OF_COMFYUI:
+        return f"the ComfyUI here has no {named[1].replace('.', '/')}: bring all of its Python"
+    return f"the package {top} is not installed, and ComfyUI imports it: bring it"
+
+
+def lines(here: Json) -> list[str]:
+    """For a person, before the parts begin."""
+    made = here["environment"]
+    found = [f"{made['device']}, driver {made.get('driver')}, torch {made['torch']}"]
+    comfyui = here.get("comfyui_error") or f"ComfyUI {made.get('comfyui')}"
+    found.append(comfyui)
+    installed = [name for name in KERNELS if name not in here["missing"]]
+    return [*found, f"Attention kernels: {', '.join(installed)}; not installed: "
+                    f"{', '.join(here['missing']) or 'none'}"]  # fmt: skip

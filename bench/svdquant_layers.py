@@ -183,7 +183,7 @@ def main() -> int:
     device = torch.device(options.device)
     found: Json = {
         "command": "python bench svdquant_layers --out docs/benchmarks",
-        "environment": environment(),
+        "environment": environment(cpu=device.type == "cpu"),
         **({"rehearsal": True} if options.rehearse else {}),
         "precision": options.precision,
         "rank": RANK,

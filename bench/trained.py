@@ -97,7 +97,7 @@ class TrainedModel:
     """
 
     def __init__(self, folder: Path = WEIGHTS, *, clock: Clock = time.perf_counter):
-        use_comfyui()
+        use_comfyui(cpu=not torch.cuda.is_available())
         import comfy.utils
         import folder_paths
         from safetensors.torch import load_file

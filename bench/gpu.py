@@ -1,6 +1,6 @@
 """Everything that a GPU is needed for, in order of worth, within the minutes given: the GPU hour.
 
-    python bench gpu [--minutes 25] [--out FOLDER] [--only TEXT] [--again] [--list]
+    python bench gpu [--minutes 25] [--out FOLDER] [--only TEXT,TEXT] [--again] [--list]
 
 Runs ./test gpu, the attention kernels, steps of full-width models, SVDQuant and offload, each part
 as a process of its own with a limit of its own: what fails or crashes is written down with the end
@@ -43,7 +43,8 @@ Json = dict[str, Any]
 
 def main() -> int:
     options = _options()
-    planned = [part for part in gpu_parts.parts() if options.only in part.name]
+    wanted = options.only.split(",")
+    planned = [part for part in gpu_parts.parts() if any(text in part.name for text in wanted)]
     if options.rehearse:
         planned = gpu_parts.rehearsed(planned)
         os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -236,7 +237,9 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--minutes", type=float, default=25.0)
     parser.add_argument("--out", type=Path, default=OUTPUT)
-    parser.add_argument("--only", default="", help="only parts with this text in their name")
+    parser.add_argument(
+        "--only", default="", help="only parts with this, or one of these, in their name"
+    )
     parser.add_argument("--again", action="store_true", help="what is done, too")
     parser.add_argument("--list", action="store_true", help="the parts and their seconds")
     parser.add_argument("--rehearse", action="store_true", help=argparse.SUPPRESS)

@@ -9,6 +9,7 @@ management. Needs a CUDA GPU and, for Flux, 40 GB of RAM. docs/offload.md says h
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import subprocess
@@ -58,7 +59,8 @@ def write(
     from .setup_env import find_comfyui
 
     if all("error" in one for one in found):
-        print("nothing was measured: offload.json and offload.md are left as they are")
+        why = found[-1]["error"] if found else "nothing was asked for"
+        print(f"nothing was measured ({why}): offload.json and offload.md are left as they are")
         return False
     result: dict[str, Any] = {
         "command": "python bench offload --out docs/benchmarks",
@@ -135,7 +137,10 @@ def child(model: str, manager: str, *, rehearse: bool = False) -> dict[str, Any]
     from . import offload_models, offload_steps
 
     case = offload_models.make(model, rehearse=rehearse)
-    num_runs = 3 if rehearse else offload_steps.NUM_RUNS
+    num_runs = offload_steps.NUM_RUNS
+    if rehearse:
+        num_runs, sizes = 3, dict(list(case.sizes.items())[:1])
+        case = dataclasses.replace(case, sizes=sizes)
     if manager == "dynamic":
         offload_models.turn_dynamic_on()
     return {"model": model, "manager": manager, **offload_steps.measure(case, num_runs=num_runs)}

@@ -28,6 +28,7 @@ from .children import write_text
 from .environment import same_machine
 from .gpu_page import DONE, FAILED, LEFT, gpu_page
 from .gpu_parts import Part
+from .in_process import lacking
 from .setup_env import PACK_ROOT
 
 OUTPUT = PACK_ROOT / "output" / "gpu"
@@ -177,7 +178,7 @@ def _reason(code: int | None, tail: list[str]) -> str:
     """Why a part failed, in a line: the package that it lacks, or what it said last."""
     missing = [line for line in tail if line.startswith("ModuleNotFoundError")]
     if missing:
-        return gpu_preflight.lacking(missing[-1])
+        return lacking(missing[-1])
     how = f"ended by signal {-code}" if code is not None and code < 0 else f"exit code {code}"
     return f"{how}: {tail[-1] if tail else 'it said nothing'}"
 

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import re
 import subprocess
 from typing import Any
 
@@ -11,18 +10,10 @@ import torch
 from ..backends.attention.kernels.table import KERNELS
 from .children import command, last_line
 from .environment import environment
-from .in_process import use_comfyui
+from .in_process import lacking, use_comfyui
 from .setup_env import SetupError
 
 MARK = "preflight: "
-# What ComfyUI's own folders and files are called, as far as loaders and samplers import them.
-OF_COMFYUI = (
-    "comfy", "comfy_api", "comfy_api_nodes", "comfy_config", "comfy_execution", "comfy_extras",
-    "app", "execution", "folder_paths", "latent_preview", "node_helpers", "nodes", "protocol",
-    "server", "utils",
-)  # fmt: skip
-_NAMED = re.compile(r"No module named '([\w.]+)'")
-
 Json = dict[str, Any]
 
 
@@ -56,26 +47,25 @@ def look() -> Json:
         comfyui = use_comfyui(cpu=False)
         import comfy.sample
         import comfy.sd  # noqa: F401 - what the parts load and sample with
-        import comfy_extras.nodes_easycache
-        import comfy_extras.nodes_model_advanced  # noqa: F401 - core's sides
     except SetupError as error:
         found["comfyui_error"] = str(error)
     except ModuleNotFoundError as error:
         found["comfyui_error"] = lacking(str(error))
     except Exception as error:  # noqa: BLE001 - whatever ComfyUI's imports raise is the answer
         found["comfyui_error"] = f"{type(error).__name__}: {last_line(str(error))}"
+    else:
+        found |= _core_nodes()
     return {"environment": environment(comfyui=comfyui), **found}
 
 
-def lacking(message: str) -> str:
-    """What to do about "No module named ..."."""
-    named = _NAMED.search(message)
-    if named is None:
-        return message
-    top = named[1].split(".")[0]
-    if top in OF_COMFYUI:
-        return f"the ComfyUI here has no {named[1].replace('.', '/')}: bring all of its Python"
-    return f"the package {top} is not installed, and ComfyUI imports it: bring it"
+def _core_nodes() -> Json:
+    """core_nodes: why core's own sides cannot be measured; the others can."""
+    try:
+        import comfy_extras.nodes_easycache
+        import comfy_extras.nodes_model_advanced  # noqa: F401
+    except ModuleNotFoundError as error:
+        return {"core_nodes": lacking(str(error))}
+    return {}
 
 
 def lines(here: Json) -> list[str]:
@@ -84,6 +74,8 @@ def lines(here: Json) -> list[str]:
     found = [f"{made['device']}, driver {made.get('driver')}, torch {made['torch']}"]
     comfyui = here.get("comfyui_error") or f"ComfyUI {made.get('comfyui')}"
     found.append(comfyui)
+    if "core_nodes" in here:
+        found.append(f"Without core's own nodes: {here['core_nodes']}")
     installed = [name for name in KERNELS if name not in here["missing"]]
     return [*found, f"Attention kernels: {', '.join(installed)}; not installed: "
                     f"{', '.join(here['missing']) or 'none'}"]  # fmt: skip

@@ -68,11 +68,12 @@ def write(
         **({"rehearsal": True} if rehearsal else {}),
     }
     asked = {(one["model"], one["manager"]) for one in found}
-    before = kept(folder, result, asked) if resume else []
-    result["models"] = sorted(
-        [*before, *found],
-        key=lambda one: (MODELS.index(one["model"]), MANAGERS.index(one["manager"])),
-    )
+    result["models"] = list(found)
+    if resume:
+        result["models"] = sorted(
+            [*kept(folder, result, asked), *found],
+            key=lambda one: (MODELS.index(one["model"]), MANAGERS.index(one["manager"])),
+        )
     write_text(folder / "offload.json", json.dumps(result, indent=1) + "\n")
     write_text(folder / "offload.md", offload_page(result))
     return True

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .in_process import lacking
 from .judge import psnr, ssim
 from .paired import AGAIN, BASELINE, noise_band, ratio, take_turns, verdict_of
 from .perf_dump import perf_dump
@@ -113,6 +114,8 @@ def prepare(
         try:
             model = variant.make(subject)
             _run(subject, variant, model, 0)
+        except ModuleNotFoundError as error:
+            sides.absent[variant.name] = lacking(str(error))
         except (RuntimeError, ValueError, NotHereError) as error:
             _sort(error, variant, subject, sides)
         else:

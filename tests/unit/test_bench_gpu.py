@@ -12,7 +12,7 @@ from pathlib import Path
 import comfy_home
 import pytest
 import torch
-from slipstream.bench import children, gpu, gpu_parts, gpu_preflight, pages
+from slipstream.bench import children, gpu, gpu_parts, gpu_preflight, in_process, pages
 from slipstream.bench.gpu_page import DONE, FAILED, LEFT
 from slipstream.bench.gpu_parts import Part
 
@@ -154,7 +154,7 @@ def test_a_missing_package_is_named(hour):
     ],
 )
 def test_what_to_bring(message, said):
-    assert gpu_preflight.lacking(message).startswith(said)
+    assert in_process.lacking(message).startswith(said)
 
 
 def test_the_tests_say_how_many_passed_or_why_none_ran(hour, monkeypatch):

@@ -53,8 +53,8 @@ def full_width(one: FullWidth, *, rehearse: bool = False) -> Subject:
     blocks = offload_models.num_blocks(model)
 
     def run(patched: Any, number: int) -> Sampled:
-        how = {"seed": 4000 + number, "num_steps": NUM_STEPS, "cfg": one.cfg}
-        return sample_timed(patched, empty, positive, negative, **how)
+        where = (patched, empty, positive, negative)
+        return sample_timed(*where, seed=4000 + number, num_steps=NUM_STEPS, cfg=one.cfg)
 
     about = (
         f"random weights, bf16, {blocks}{NUM_STEPS} steps, cfg {one.cfg:g}, "

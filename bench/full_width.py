@@ -11,9 +11,7 @@ and commit.
 
 import argparse
 import json
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,9 +19,9 @@ from typing import Any
 
 import torch
 
-from . import tables
+from . import children, tables
 from .chart import draw_suite
-from .children import command, last_line, write_text
+from .children import write_text
 from .environment import environment, same_machine
 from .in_process import use_comfyui
 from .setup_env import PACK_ROOT, SetupError
@@ -35,7 +33,6 @@ OUTPUT = PACK_ROOT / "output" / "bench"
 MODELS = tuple(one.model for one in FULL_WIDTH)
 CACHES = ("cache, ratio 0.5", "EasyCache")  # ours and core's, with their defaults
 NO_GPU = "bench full_width needs a CUDA GPU: torch sees none"
-MARK = "full width: "
 MOST_ROUNDS = 8
 
 Json = dict[str, Any]
@@ -53,7 +50,7 @@ def sides(*, everything: bool = False) -> list[Variant]:
 
 
 def child(model: str, options: argparse.Namespace) -> int:
-    """The inner process: one model's part, as a line of JSON."""
+    """The inner process: answers with one model's part."""
     from tqdm import tqdm
 
     ends = time.monotonic() + options.seconds
@@ -67,26 +64,15 @@ def child(model: str, options: argparse.Namespace) -> int:
         rounds = 1 if options.rehearse else MOST_ROUNDS
         part = measure(subject, chosen, rounds, bar, made=made, ends=ends)
     part |= {"model": model, "seconds": round(time.monotonic() - started, 1)}
-    print(MARK + json.dumps(part), flush=True)
+    children.answer(part)
     return 0
 
 
 def ask(model: str, options: argparse.Namespace) -> Json:
-    """One child process's part, or {"error": what it said last}; its progress is shown."""
+    """One child process's part, or {"error": what it said last}."""
     arguments = ["--child", model, "--seconds", str(options.seconds)]
     arguments += [f"--{name}" for name in ("rehearse", "all") if getattr(options, name)]
-    with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
-        done = subprocess.run(
-            command("full_width", *arguments),
-            stdout=subprocess.PIPE, stderr=errors, text=True, check=False,
-        )  # fmt: skip
-        errors.seek(0)
-        said = errors.read()
-    lines = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
-    if lines:
-        return json.loads(lines[-1][len(MARK) :])
-    print(said, file=sys.stderr)
-    return {"model": model, "error": last_line(said) or f"exit status {done.returncode}"}
+    return {"model": model, **children.ask("full_width", *arguments)}
 
 
 def save(found: Json, folder: Path) -> None:

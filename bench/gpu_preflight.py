@@ -1,36 +1,31 @@
 """What `python bench gpu` finds here: the GPU, the kernels, a ComfyUI that can be imported."""
 
 import argparse
-import json
-import subprocess
 from typing import Any
 
 import torch
 
 from ..backends.attention.kernels.table import KERNELS
-from .children import command, last_line
+from . import children
+from .children import last_line
 from .environment import environment
 from .in_process import lacking, use_comfyui
 from .setup_env import SetupError
 
-MARK = "preflight: "
 Json = dict[str, Any]
 
 
 def main() -> int:
-    """Answer as a line of JSON: a process of its own, so that none of it stays on the GPU."""
+    """Answer what look() finds: a process of its own, so that none of it stays on the GPU."""
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    print(MARK + json.dumps(look()), flush=True)
+    children.answer(look())
     return 0
 
 
 def ask() -> Json:
-    """What main() answers in a process of its own."""
-    done = subprocess.run(command("gpu_preflight"), capture_output=True, text=True, check=False)
-    lines_ = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
-    if not lines_:
-        return {"no_gpu": last_line(done.stderr) or f"exit code {done.returncode}"}
-    return json.loads(lines_[-1][len(MARK) :])
+    """What look() finds, in a process of its own; no_gpu also where that process fails."""
+    found = children.ask("gpu_preflight")
+    return {"no_gpu": found["error"]} if "error" in found else found
 
 
 def look() -> Json:

@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import itertools
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -92,24 +91,19 @@ def kept(folder: Path, result: dict[str, Any], asked: set[tuple[str, str]]) -> l
 
 def measure(model: str, manager: str, *, rehearse: bool = False) -> dict[str, Any]:
     """One child process; its result, or the last line of what it said (all of it is shown)."""
-    from .children import command, last_line
+    from .children import ask
 
     flags = ["--rehearse"] if rehearse else []
-    asked = command("offload", "--child", model, manager, *flags)
-    done = subprocess.run(asked, capture_output=True, text=True, check=False)
-    if done.returncode:
-        print(done.stderr, file=sys.stderr)
-        last = last_line(done.stderr) or f"exit status {done.returncode}"
-        return {"model": model, "manager": manager, "error": last}
-    return json.loads(done.stdout.splitlines()[-1])
+    return {"model": model, "manager": manager, **ask("offload", "--child", model, manager, *flags)}
 
 
 def answer(model: str, manager: str, *, rehearse: bool = False) -> int:
     """The child's side of `measure`: JSON, or the sentence that says what is missing."""
+    from . import children
     from .setup_env import SetupError
 
     try:
-        print(json.dumps(child(model, manager, rehearse=rehearse)))
+        children.answer(child(model, manager, rehearse=rehearse))
     except SetupError as error:
         print(error, file=sys.stderr)
         return 1

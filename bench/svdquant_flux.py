@@ -10,9 +10,7 @@ FOLDER gets svdquant-flux.json and .md.
 
 import argparse
 import json
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,8 @@ from ..backends.svdquant.engine import Engine
 from ..backends.svdquant.host_operations import operations
 from ..backends.svdquant.layout import wrap
 from ..backends.svdquant.weight import Facts, QuantWeight, Segment, stack_columns, whole
-from .children import command, last_line, write_text
+from . import children
+from .children import write_text
 from .environment import environment
 from .in_process import use_comfyui
 from .offload_models import random_block, repeated
@@ -33,7 +32,6 @@ from .svdquant_layers import random_segment
 from .svdquant_pages import step_page
 
 TEXT_TOKENS = 512
-MARK = "svdquant flux: "
 REHEARSED = {"double": 1, "single": 1, "tokens": 64, "repeats": 1, "width": 2 * HEAD}
 
 Json = dict[str, Any]
@@ -157,9 +155,9 @@ def measure(backend: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def child(backend: str, options: argparse.Namespace) -> int:
-    """The inner process: one backend's row, as a line of JSON."""
+    """The inner process: one backend's row, answered."""
     use_comfyui(cpu=options.cpu)
-    print(MARK + json.dumps(measure(backend, options)), flush=True)
+    children.answer(measure(backend, options))
     return 0
 
 
@@ -167,18 +165,7 @@ def ask(backend: str, options: argparse.Namespace) -> Json:
     """One child process's row, or {"error": what it said last}."""
     names = ("double", "single", "tokens", "width", "precision", "repeats")
     arguments = [word for name in names for word in (f"--{name}", str(getattr(options, name)))]
-    with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
-        done = subprocess.run(
-            command("svdquant_flux", "--child", backend, *arguments),
-            stdout=subprocess.PIPE, stderr=errors, text=True, check=False,
-        )  # fmt: skip
-        errors.seek(0)
-        said = errors.read()
-    lines = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
-    if lines:
-        return json.loads(lines[-1][len(MARK) :])
-    print(said, file=sys.stderr)
-    return {"backend": backend, "error": last_line(said) or f"exit status {done.returncode}"}
+    return {"backend": backend, **children.ask("svdquant_flux", "--child", backend, *arguments)}
 
 
 def save(found: Json, folder: Path) -> None:

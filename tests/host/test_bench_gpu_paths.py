@@ -119,8 +119,30 @@ def test_offload_is_measured_at_every_budget(hour):
     assert all(each["core"] > 0 and each["prefetch"] > 0 for each in one["times"])
 
 
+WHERE = f"""
+import sys
+sys.path.insert(0, {str(PACK_ROOT / "tests")!r})
+import comfy_home, fake_cuda
+comfy_home.load_pack()
+fake_cuda.start()
+from slipstream.bench.environment import environment
+from slipstream.bench.trained import TrainedModel
+model = TrainedModel().model
+print(model.load_device, environment()["device"])
+"""
+
+
+def test_the_trained_model_runs_on_the_gpu(comfy):
+    """The suite and quality sample it: ComfyUI was told to stay on the CPU there once."""
+    done = subprocess.run(
+        [sys.executable, "-c", WHERE], capture_output=True, text=True, check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "COMFYUI_PATH": str(comfy)},
+    )  # fmt: skip
+    assert done.stdout.splitlines()[-1:] == [f"cuda:0 {GPU}"], done.stderr[-2000:]
+
+
+@pytest.mark.full
 def test_the_suite_measures_on_the_gpu(comfy, tmp_path):
-    """Also the trained model: ComfyUI was told to stay on the CPU there once."""
     run(comfy, "suite", "--quick", "--rehearse", "--only", "attention, exact", "--out", tmp_path)
     found = read(tmp_path, "suite-quick")
     assert len(found["subjects"]) == 2

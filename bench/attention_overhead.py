@@ -38,7 +38,8 @@ def dispatch_us(rounds: int) -> list[float]:
     run = Run(model, torch.linspace(1, 0, 5), attached(model))
     run.start()
     call = ModelCall(0, 0, 0, BranchKey((), 0, None), (0,))
-    bound = run.states["attention"].bind(call)
+    state: Any = run.states["attention"]
+    bound = state.bind(call)
     q = torch.zeros(1, 2, 4, 8)
     override = model.model_options["transformer_options"]["optimized_attention_override"]
     options = {"block_type": "double", "block_index": 3, BOUND: bound}
@@ -86,7 +87,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     calls, ratios = dispatch_us(args.rounds), step_ratios(args.rounds)
-    found = {
+    found: dict[str, Any] = {
         "dispatch_us": round(statistics.median(calls), 2),
         "dispatch_us_quartiles": [round(x, 2) for x in statistics.quantiles(calls, n=4)[::2]],
         "step_ratio": round(statistics.median(ratios), 4),

@@ -10,6 +10,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -71,7 +72,8 @@ def override_us(rounds: int) -> float:
             return x
 
     network = torch.nn.Module()
-    network.blocks = torch.nn.ModuleList(Block() for _ in range(57))
+    stack = torch.nn.ModuleList(Block() for _ in range(57))
+    network.blocks = stack
     architecture = Architecture(
         class_name="N", name="N", stacks=(Stack(blocks="blocks", block_type="b"),)
     )
@@ -84,10 +86,10 @@ def override_us(rounds: int) -> float:
             with StackOverride(
                 blocks, front=1, last=56, reuse=False, decide=bool, predict=tuple
             ):  # fmt: skip
-                for block in network.blocks:
+                for block in stack:
                     block(x)
         else:
-            for block in network.blocks:
+            for block in stack:
                 block(x)
         return (time.perf_counter() - started) * 1e6 / len(blocks)
 
@@ -97,10 +99,10 @@ def override_us(rounds: int) -> float:
 
 def cost(rounds: int) -> dict[str, float]:
     """Medians over `rounds`."""
-    settings = {"residual_diff_threshold": 0.5, "max_continuous_cached_steps": 3}
+    settings: dict[str, Any] = {"residual_diff_threshold": 0.5, "max_continuous_cached_steps": 3}
     config = CacheConfig(**settings)
     taylor = CacheConfig(**settings, calibrator="taylorseer")
-    engines = {
+    engines: dict[str, Callable[[], Engine]] = {
         "builtin": lambda: BuiltinEngine(config),
         "builtin, taylorseer": lambda: BuiltinEngine(taylor),
     }
@@ -123,7 +125,10 @@ def blocks_of(family: str, strategy: str) -> dict[str, Any]:
     patched = apply_cache(model, CacheConfig.from_ratio(0.5, strategy=strategy))
     out = cache_models.sample(patched, family)
     computed = counter.take()
-    section = run_log(patched).latest().to_json()["cache"]
+    log = run_log(patched)
+    record = log.latest() if log is not None else None
+    assert record is not None
+    section = record.to_json()["cache"]
     return {
         "family": family,
         "strategy": strategy,

@@ -102,11 +102,11 @@ def base_folder(keep: bool) -> Iterator[Path]:
     """The server's base directory; kept ones are named at the end."""
     if keep:
         OWN.mkdir(exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix="server-", dir=OWN))
+        kept = Path(tempfile.mkdtemp(prefix="server-", dir=OWN))
         try:
-            yield folder
+            yield kept
         finally:
-            print(f"Kept: {folder} (server.log, output, user)")
+            print(f"Kept: {kept} (server.log, output, user)")
     else:
         with tempfile.TemporaryDirectory(prefix="slipstream-run-") as folder:
             yield Path(folder)

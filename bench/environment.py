@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+import sys
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,8 +14,11 @@ from .setup_env import PACK_ROOT
 _PACKAGES = ("comfy-kitchen", "cache-dit", "sageattention", "flash-attn", "xformers", "triton")
 
 
-def environment(*, comfyui: Path | None = None) -> dict[str, Any]:
-    """Recorded beside every result. Names no host, user or folder."""
+def environment(*, comfyui: Path | None = None, cpu: bool = False) -> dict[str, Any]:
+    """Recorded beside every result. Names no host, user or folder.
+
+    cpu: nothing was computed on a GPU, even if there is one; ComfyUI on the CPU says so by itself.
+    """
     import torch
 
     found: dict[str, Any] = {
@@ -32,7 +36,7 @@ def environment(*, comfyui: Path | None = None) -> dict[str, Any]:
     }
     if comfyui is not None:
         found["comfyui"] = comfyui_version(comfyui)
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not cpu and not _comfyui_on_cpu():
         found |= {
             "device": torch.cuda.get_device_name(),
             "capability": list(torch.cuda.get_device_capability()),
@@ -41,6 +45,22 @@ def environment(*, comfyui: Path | None = None) -> dict[str, Any]:
             "driver": driver(),
         }
     return found
+
+
+def _comfyui_on_cpu() -> bool:
+    """Whether the ComfyUI of this process, if it has one, was told to stay off the GPU."""
+    cli = sys.modules.get("comfy.cli_args")
+    return cli is not None and bool(cli.args.cpu)
+
+
+_SAME = ("commit", "torch", "device", "driver", "packages", "comfyui")
+
+
+def same_machine(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether two results may stand in one table: same GPU, versions, commit and rehearsal."""
+    one, other = before.get("environment", {}), now["environment"]
+    rehearsed = bool(before.get("rehearsal")) == bool(now.get("rehearsal"))
+    return rehearsed and all(one.get(name) == other.get(name) for name in _SAME)
 
 
 def num_cores() -> int | None:

@@ -1,15 +1,17 @@
 """A VRAM budget on this GPU: caps, step times, overlap, equal bits, plan error, memory over runs.
 
     python bench offload [--models wan flux qwen] [--managers dynamic classic] [--out FOLDER]
+                         [--resume]
 
 Random weights of full width, ComfyUI's own loader and sampler, one process per model and memory
 management. Needs a CUDA GPU and, for Flux, 40 GB of RAM. docs/offload.md says how to read it.
+--resume keeps what FOLDER holds of the other pairs from the same GPU, versions and commit.
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,10 +26,12 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--managers", nargs="+", choices=MANAGERS, default=MANAGERS)
     parser.add_argument("--out", type=Path, help="write offload.json and offload.md here")
+    parser.add_argument("--resume", action="store_true", help="keep the other pairs' results")
+    parser.add_argument("--rehearse", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        return answer(*options.child)
+        return answer(*options.child, rehearse=options.rehearse)
     import torch  # the children import it after comfy-aimdo, each in its own process
 
     if not torch.cuda.is_available():
@@ -35,55 +39,78 @@ def main() -> int:
         return 1
     found = []
     for pair in itertools.product(options.models, options.managers):
-        found.append(measure(*pair))
+        found.append(measure(*pair, rehearse=options.rehearse))
         print("\n".join(lines(found[-1])), flush=True)
+        if options.out is not None and "error" not in found[-1]:
+            write(options.out, found, resume=options.resume, rehearsal=options.rehearse)
     if options.out is not None:
-        write(options.out, found)
+        write(options.out, found, resume=options.resume, rehearsal=options.rehearse)
     return 0 if all("error" not in one for one in found) else 1
 
 
-def write(folder: Path, found: list[dict[str, Any]]) -> bool:
+def write(
+    folder: Path, found: list[dict[str, Any]], *, resume: bool = False, rehearsal: bool = False
+) -> bool:
     """offload.json and its page into `folder`; nothing if every model failed (no GPU)."""
+    from .children import write_text
     from .environment import environment
     from .offload_pages import offload_page
     from .setup_env import find_comfyui
 
     if all("error" in one for one in found):
-        print("nothing was measured: offload.json and offload.md are left as they are")
+        why = found[-1]["error"] if found else "nothing was asked for"
+        print(f"nothing was measured ({why}): offload.json and offload.md are left as they are")
         return False
-    command = "python bench offload --out docs/benchmarks"
-    made = environment(comfyui=find_comfyui())
-    result = {"command": command, "environment": made, "models": found}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "offload.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    (folder / "offload.md").write_text(offload_page(result), encoding="utf-8")
+    result: dict[str, Any] = {
+        "command": "python bench offload --out docs/benchmarks",
+        "environment": environment(comfyui=find_comfyui()),
+        **({"rehearsal": True} if rehearsal else {}),
+    }
+    asked = {(one["model"], one["manager"]) for one in found}
+    result["models"] = list(found)
+    if resume:
+        result["models"] = sorted(
+            [*kept(folder, result, asked), *found],
+            key=lambda one: (MODELS.index(one["model"]), MANAGERS.index(one["manager"])),
+        )
+    write_text(folder / "offload.json", json.dumps(result, indent=1) + "\n")
+    write_text(folder / "offload.md", offload_page(result))
     return True
 
 
-def measure(model: str, manager: str) -> dict[str, Any]:
+def kept(folder: Path, result: dict[str, Any], asked: set[tuple[str, str]]) -> list[dict[str, Any]]:
+    """What an earlier run on this machine measured of the pairs that were not asked for."""
+    from .environment import same_machine
+
+    path = folder / "offload.json"
+    before = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    if not before or not same_machine(before, result):
+        return []
+    return [one for one in before["models"] if (one["model"], one["manager"]) not in asked]
+
+
+def measure(model: str, manager: str, *, rehearse: bool = False) -> dict[str, Any]:
     """One child process; its result, or the last line of what it said (all of it is shown)."""
-    command = [sys.executable, str(Path(__file__).parent), "offload", "--child", model, manager]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        print(done.stderr, file=sys.stderr)
-        last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        return {"model": model, "manager": manager, "error": last}
-    return json.loads(done.stdout.splitlines()[-1])
+    from .children import ask
+
+    flags = ["--rehearse"] if rehearse else []
+    return {"model": model, "manager": manager, **ask("offload", "--child", model, manager, *flags)}
 
 
-def answer(model: str, manager: str) -> int:
+def answer(model: str, manager: str, *, rehearse: bool = False) -> int:
     """The child's side of `measure`: JSON, or the sentence that says what is missing."""
+    from . import children
     from .setup_env import SetupError
 
     try:
-        print(json.dumps(child(model, manager)))
+        children.answer(child(model, manager, rehearse=rehearse))
     except SetupError as error:
         print(error, file=sys.stderr)
         return 1
     return 0
 
 
-def child(model: str, manager: str) -> dict[str, Any]:
+def child(model: str, manager: str, *, rehearse: bool = False) -> dict[str, Any]:
     """Measure one model here. comfy-aimdo has to come before torch, so nothing above imports it."""
     from .setup_env import SetupError, find_comfyui
 
@@ -104,10 +131,14 @@ def child(model: str, manager: str) -> dict[str, Any]:
         raise SetupError(NO_GPU)
     from . import offload_models, offload_steps
 
-    case = offload_models.make(model)
+    case = offload_models.make(model, rehearse=rehearse)
+    num_runs = offload_steps.NUM_RUNS
+    if rehearse:
+        num_runs, sizes = 3, dict(list(case.sizes.items())[:1])
+        case = dataclasses.replace(case, sizes=sizes)
     if manager == "dynamic":
         offload_models.turn_dynamic_on()
-    return {"model": model, "manager": manager, **offload_steps.measure(case)}
+    return {"model": model, "manager": manager, **offload_steps.measure(case, num_runs=num_runs)}
 
 
 def lines(found: dict[str, Any]) -> list[str]:

@@ -156,7 +156,7 @@ def main() -> int:
         from .environment import environment
 
         command = "python bench offload_overhead --out docs/benchmarks"
-        result = {"command": command, "environment": environment(), "costs": found}
+        result = {"command": command, "environment": environment(cpu=True), "costs": found}
         options.out.mkdir(parents=True, exist_ok=True)
         file = options.out / "offload-overhead.json"
         file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -28,8 +28,8 @@ NUM_RUNS = 20
 WARM_UP = 3  # steps
 
 
-def measure(case: Case) -> dict[str, Any]:
-    """All of it; some minutes on a GPU."""
+def measure(case: Case, *, num_runs: int = NUM_RUNS) -> dict[str, Any]:
+    """All of it; some minutes on a GPU. num_runs: over which nothing may grow, 3 or more."""
     model = case.load()
     device = model.load_device
     shape = list(case.sizes.values())[len(case.sizes) // 2]
@@ -41,7 +41,7 @@ def measure(case: Case) -> dict[str, Any]:
         "equal_bits": equal_bits(case, model, shape, cached=False),
         "equal_bits_cached": equal_bits(case, model, shape, cached=True),
         "plan": plan(case, model, shape),
-        "flat": flat(case, model, shape),
+        "flat": flat(case, model, shape, num_runs),
     }
 
 
@@ -190,16 +190,16 @@ def plan(case: Case, model: Any, shape: tuple[int, ...]) -> dict[str, Any]:
     }
 
 
-def flat(case: Case, model: Any, shape: tuple[int, ...]) -> dict[str, Any]:
+def flat(case: Case, model: Any, shape: tuple[int, ...], num_runs: int) -> dict[str, Any]:
     """Growth of RAM, pinned RAM and device memory from the third of many runs to the last."""
     patched = budgeted(model, 0.25, 0)
     seen = []
-    for seed in range(NUM_RUNS):
+    for seed in range(num_runs):
         sample(case, patched, shape, seed=seed, steps=2)
         seen.append((process_bytes(), pinned_bytes(), used(model)))
     growth = [last - first for first, last in zip(seen[2], seen[-1], strict=True)]
     return {
-        "runs": NUM_RUNS,
+        "runs": num_runs,
         "growth_bytes": dict(zip(("ram", "pinned", "device"), growth, strict=True)),
     }
 

@@ -4,18 +4,24 @@ import argparse
 import json
 from pathlib import Path
 
-from . import cache_pages, chart, offload_pages, parallel_page, svdquant_pages, tables
+from . import cache_pages, chart, gpu_page, offload_pages, parallel_page, svdquant_pages, tables
 from .setup_env import PACK_ROOT
 
 FOLDER = PACK_ROOT / "docs" / "benchmarks"
 PAGES = (
     tables.PAGES
     | cache_pages.PAGES
+    | gpu_page.PAGES
     | offload_pages.PAGES
     | parallel_page.PAGES
     | svdquant_pages.PAGES
 )
-CHARTS = {"suite": chart.draw_suite, "suite-quick": chart.draw_suite, "quality": chart.draw_quality}
+CHARTS = {
+    "suite": chart.draw_suite,
+    "suite-quick": chart.draw_suite,
+    "full-width": chart.draw_suite,
+    "quality": chart.draw_quality,
+}
 
 
 def rendered(folder: Path = FOLDER) -> dict[Path, str]:

@@ -5,7 +5,9 @@ the same round. The baseline runs twice in a round: its ratio to itself is the n
 inside the noise is reported as such. Ratios are baseline time over side time: above 1 is faster.
 """
 
+import math
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -38,15 +40,21 @@ def take_turns(
     num_rounds: int,
     *,
     on_run: Callable[[], None] = lambda: None,
+    ends: float = math.inf,
 ) -> dict[str, list[float]]:
     """Seconds of each side, round by round; every second round runs the sides backwards.
 
     sides: name -> what runs it once, given the round's number, and returns its seconds. Ctrl-C
-    ends the rounds early: the rounds that are complete are returned.
+    ends the rounds early: the rounds that are complete are returned. So does `ends`, of
+    time.monotonic(): after the first, no round begins that would not be over by then.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
+    started = time.monotonic()
     try:
         for number in range(num_rounds):
+            now = time.monotonic()
+            if number and now + (now - started) / number > ends:
+                break
             names = list(sides) if number % 2 == 0 else list(sides)[::-1]
             found = {}
             for name in names:

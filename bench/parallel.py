@@ -200,9 +200,10 @@ def main() -> int:
     if options.share is not None:
         serve_shares(comfyui, subject, options.share)
         return 0
-    made = environment(comfyui=comfyui)  # before: it says how busy the machine was
+    cpu = all(name.startswith("cpu") for name in options.devices or CPU_SIDES)
+    made = environment(comfyui=comfyui, cpu=cpu)  # before: it says how busy the machine was
     rows = _rows(comfyui, options, subject)
-    if all(row["devices"].startswith("cpu") for row in rows):
+    if cpu:
         made["threads"] = 1
     found = {
         "schema": 2,

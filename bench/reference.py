@@ -173,7 +173,8 @@ class ReferenceModel(nn.Module):
 
     def __init__(self, diffusion_model: nn.Module | None = None):
         super().__init__()
-        self.diffusion_model = diffusion_model if diffusion_model is not None else ReferenceDiT()
+        network = diffusion_model if diffusion_model is not None else ReferenceDiT()
+        self.diffusion_model: Any = network  # with a dtype, as ComfyUI's networks have
         self.current_patcher: ReferencePatcher | None = None
 
     def apply_model(
@@ -217,7 +218,7 @@ class ReferencePatcher:
     """ComfyUI's ModelPatcher as far as our techniques use it."""
 
     def __init__(self, model: nn.Module | None = None):
-        self.model = model if model is not None else ReferenceModel()
+        self.model: Any = model if model is not None else ReferenceModel()
         self.load_device = self.offload_device = torch.device("cpu")
         self.model_options: Options = {"transformer_options": {}}
         self.wrappers: dict[str, dict[Any, list[Callable]]] = {}

@@ -1,19 +1,20 @@
 """Subjects of full width for a CUDA device: Flux, Wan, Qwen-Image and SDXL with random weights.
 
 What a technique gains or loses at the sizes that people use; pictures are noise. The networks are
-those of offload_models.py: Flux and SDXL whole, 20 of the blocks of Wan 14B and Qwen-Image, bf16.
-**Unverified**: written without a GPU at hand; on a CPU only their shapes are tested.
+those of offload_models.py in bf16: Flux and SDXL whole, some of the blocks of Wan 14B and
+Qwen-Image.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from . import offload_models
 from .subjects import Subject
-from .trained import Sampled, TrainedModel
+from .trained import Sampled, sample_timed
 
 NUM_STEPS = 12
 
@@ -31,27 +32,32 @@ class FullWidth:
 
 FULL_WIDTH = (
     FullWidth("full-width Flux, 1024 x 1024", "flux", "1024", 1.0, "flux"),
+    FullWidth("full-width Wan, 480p, 81 frames", "wan-video", "480p 81 frames", 1.0, "wan"),
     FullWidth("full-width Wan, 480p, 17 frames", "wan", "480p 17 frames", 5.0, "wan"),
     FullWidth("full-width Qwen-Image, 1024 x 1024", "qwen", "1024", 4.0, "qwen_image"),
     FullWidth("full-width SDXL, 1024 x 1024", "sdxl", "1024", 7.0, "sdxl"),
 )
 
 
-def gpu_subjects(demo: TrainedModel) -> list[Callable[[], Subject]]:
+def gpu_subjects() -> list[Callable[[], Subject]]:
     """What makes each of them; one is made when its turn comes and needs up to 40 GB of RAM."""
-    return [lambda one=one: full_width(demo, one) for one in FULL_WIDTH]  # type: ignore[misc]
+    return [partial(full_width, one) for one in FULL_WIDTH]
 
 
-def full_width(demo: TrainedModel, one: FullWidth) -> Subject:
-    """One of them, loaded by ComfyUI's loader."""
-    case = offload_models.make(one.model)
+def full_width(one: FullWidth, *, rehearse: bool = False) -> Subject:
+    """One of them, loaded by ComfyUI's loader. rehearse: narrow and small, under its name."""
+    case = offload_models.make(one.model, rehearse=rehearse)
     model, positive = case.load(), case.conditioning()
     negative = [[torch.zeros_like(context), extra] for context, extra in positive]
     empty = torch.zeros(case.sizes[one.size])
+    blocks = offload_models.num_blocks(model)
 
     def run(patched: Any, number: int) -> Sampled:
         where = (patched, empty, positive, negative)
-        return demo.run(*where, seed=4000 + number, num_steps=NUM_STEPS, cfg=one.cfg)
+        return sample_timed(*where, seed=4000 + number, num_steps=NUM_STEPS, cfg=one.cfg)
 
-    about = f"random weights, bf16, {NUM_STEPS} steps, cfg {one.cfg:g}, latent {tuple(empty.shape)}"
+    about = (
+        f"random weights, bf16, {blocks}{NUM_STEPS} steps, cfg {one.cfg:g}, "
+        f"latent {tuple(empty.shape)}"
+    )
     return Subject(one.title, about, model, run, family=one.family)

@@ -38,19 +38,26 @@ _GPU_ROUNDS, _QUICK_GPU_ROUNDS = 4, 2
 Plan = list[tuple[Callable[[], Subject], int]]  # what makes a subject, its rounds
 
 
-def plan(demo: TrainedModel, folder: Path, *, quick: bool) -> Plan:
-    """The subjects in the order in which they are measured; those of full width need a GPU."""
+def plan(demo: TrainedModel, folder: Path, *, quick: bool, rehearse: bool = False) -> Plan:
+    """The subjects in the order in which they are measured; those of full width need a GPU.
+
+    rehearse: one of the trained model's, and the first of full width in its narrow form.
+    """
     makers: list[Callable[[], Subject]] = [
         lambda: trained_subject(demo, size=64),
         lambda: trained_subject(demo, size=512, num_steps=12),
         lambda: wan_subject(demo, folder),
     ]
+    if rehearse:
+        from .subjects_gpu import FULL_WIDTH, full_width
+
+        return [(makers[0], 1), (lambda: full_width(FULL_WIDTH[0], rehearse=True), 1)]
     found = list(zip(makers, _QUICK_ROUNDS if quick else _ROUNDS, strict=True))
     if torch.cuda.is_available():
         from .subjects_gpu import gpu_subjects
 
         rounds = _QUICK_GPU_ROUNDS if quick else _GPU_ROUNDS
-        found += [(maker, rounds) for maker in gpu_subjects(demo)]
+        found += [(maker, rounds) for maker in gpu_subjects()]
     return found
 
 
@@ -101,13 +108,14 @@ def main() -> int:
         "schema": SCHEMA,
         "command": _command(options),
         "quick": options.quick,
+        **({"rehearsal": True} if options.rehearse else {}),
         "environment": environment(comfyui=comfyui) | {"clock": options.clock},
         "subjects": [],
     }
     chosen = [v for v in variants(clock=options.clock) if options.only in v.name]
     with tempfile.TemporaryDirectory() as place, tqdm(mininterval=1) as bar:
         demo = TrainedModel(clock=CLOCKS[options.clock])
-        planned = plan(demo, Path(place), quick=options.quick)
+        planned = plan(demo, Path(place), quick=options.quick, rehearse=options.rehearse)
         if options.peer:
             return suite_peers.child(options.peer, planned[options.subject], packs, bar, found)
 
@@ -140,6 +148,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="models this small gain from none")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help=CLOCK_HELP)
     parser.add_argument("--packs", type=Path, help="other packs (default: custom_nodes)")
+    parser.add_argument("--rehearse", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--peer", help=argparse.SUPPRESS)
     parser.add_argument("--subject", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()

@@ -1,5 +1,8 @@
 """Measure one subject: every side in turn, its speed, its verdict, its difference to plain."""
 
+import math
+import sys
+import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -8,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .in_process import lacking
 from .judge import psnr, ssim
 from .paired import AGAIN, BASELINE, noise_band, ratio, take_turns, verdict_of
 from .perf_dump import perf_dump
@@ -36,14 +40,18 @@ def measure(
     bar: Any,
     *,
     made: dict[str, Any] | None = None,
+    ends: float = math.inf,
 ) -> dict[str, Any]:
     """One subject's part of the JSON. made: the environment(); bar: of tqdm.
 
-    Ctrl-C in the rounds keeps those that are complete; num_rounds of the result tells.
+    Ctrl-C in the rounds keeps those that are complete; num_rounds of the result tells. ends: of
+    time.monotonic(); half of the time until then may go into first runs, and no round begins that
+    would not be over.
     """
     bar.reset(total=len(chosen) + 1)
     bar.set_description(f"{subject.name}: first runs")
-    sides = prepare(subject, chosen, bar)
+    now = time.monotonic()
+    sides = prepare(subject, chosen, bar, ends=now + (ends - now) / 2)
     bar.reset(total=num_rounds * len(sides.models))
     bar.set_description(subject.name)
     runs: dict[str, list[Sampled]] = {name: [] for name in sides.models}
@@ -56,7 +64,7 @@ def measure(
         return once
 
     turns = {name: runner(name) for name in sides.models}
-    seconds = take_turns(turns, num_rounds, on_run=bar.update)
+    seconds = take_turns(turns, num_rounds, on_run=bar.update, ends=ends)
     band = noise_band(ratio(seconds[BASELINE], seconds[AGAIN]))
     rows = []
     for name, series in seconds.items():
@@ -91,16 +99,23 @@ def row(
     return found | difference(subject, plain, runs)
 
 
-def prepare(subject: Subject, chosen: Sequence[Variant], bar: Any) -> Sides:
+def prepare(
+    subject: Subject, chosen: Sequence[Variant], bar: Any, *, ends: float = math.inf
+) -> Sides:
     """Make every side's MODEL and run it once: imports and kernel choice are not the claim."""
     models = {BASELINE: subject.model, AGAIN: subject.model}
     sides = Sides(models, dict.fromkeys(models, _PLAIN))
     subject.run(subject.model, 0)
     bar.update()
     for variant in chosen:
+        if time.monotonic() > ends:
+            sides.absent[variant.name] = "the time given was up before its first run"
+            continue
         try:
             model = variant.make(subject)
             _run(subject, variant, model, 0)
+        except ModuleNotFoundError as error:
+            sides.absent[variant.name] = lacking(str(error))
         except (RuntimeError, ValueError, NotHereError) as error:
             _sort(error, variant, subject, sides)
         else:
@@ -116,8 +131,9 @@ def _sort(error: Exception, variant: Variant, subject: Subject, sides: Sides) ->
     if refused or isinstance(error, NotHereError):
         sides.absent[variant.name] = str(error)
         return
-    sides.failed[variant.name] = f"{type(error).__name__}: {error}"
-    print(f"\n{subject.name}: {variant.name} FAILED: {error}")
+    said = (str(error).strip().splitlines() or [""])[0]  # CUDA's errors go on with advice
+    sides.failed[variant.name] = f"{type(error).__name__}: {said}"
+    print(f"\n{subject.name}: {variant.name} FAILED: {said}", file=sys.stderr)
 
 
 def _run(subject: Subject, variant: Variant, model: Any, number: int) -> Sampled:

@@ -147,7 +147,7 @@ def main() -> int:
         "command": f"python bench svdquant_convert --threads {options.threads} "
         f"--rounds {options.rounds}",
         "num_rounds": options.rounds,
-        "environment": environment(),
+        "environment": environment(cpu=True),
         "goal_minutes": GOAL_MINUTES,
         "num_blocks": BLOCKS,
         "rows": [],

@@ -1,10 +1,12 @@
 """Speed and memory of 4-bit layers of Flux's widths per backend, beside a 16-bit Linear.
 
-    python bench svdquant_layers [--device cuda] [--rows 256,1024,4096,8192] [--json FILE]
+    python bench svdquant_layers [--device cuda] [--rows 256,1024,4096,8192] [--out FOLDER]
 
 Random weights. One line per layer shape, number of rows and backend: milliseconds (median),
 TFLOP/s, peak memory of the call, relative error against the 16-bit matmul of the same weights. On
-a GPU the natural and the tile-packed storage of comfy-kitchen are both timed.
+a GPU the natural and the tile-packed storage of comfy-kitchen are both timed. FOLDER gets
+svdquant-layers.json and .md; --resume keeps the layers that it holds from the same GPU, versions
+and commit.
 """
 
 import argparse
@@ -21,6 +23,10 @@ from ..backends.svdquant import layouts
 from ..backends.svdquant.engine import request_of
 from ..backends.svdquant.kernels import KERNELS, Dequant
 from ..backends.svdquant.weight import Facts, Segment, effective, whole
+from .children import write_text
+from .environment import environment, same_machine
+from .setup_env import PACK_ROOT
+from .svdquant_pages import DENSE, layers_page
 
 SHAPES = {
     "qkv": (9216, 3072),
@@ -28,8 +34,11 @@ SHAPES = {
     "mlp_up": (12288, 3072),
     "mlp_down": (3072, 12288),
 }
+REHEARSED = {"tiny": (256, 128)}
 RANK = 32
 ROUNDS = 20
+
+Json = dict[str, Any]
 
 
 def random_segment(num_rows: int, num_columns: int, precision: str, device: str) -> Segment:
@@ -77,7 +86,7 @@ def candidates(
 ) -> Iterator[tuple[str, Callable[[torch.Tensor], torch.Tensor] | str]]:
     """(name, call or the reason why not) of a 16-bit Linear and every backend."""
     dense = effective(whole(segment)).bfloat16()
-    yield "bf16 Linear", lambda x: torch.nn.functional.linear(x, dense)
+    yield DENSE, lambda x: torch.nn.functional.linear(x, dense)
     request = request_of(segment, device)
     for kernel in KERNELS:
         reason = kernel.available() or kernel.ineligible(request)
@@ -121,38 +130,84 @@ def measure(
     return found
 
 
+def lines_of(
+    layer: str, shape: tuple[int, int], options: argparse.Namespace, device: torch.device
+) -> list[Json]:
+    """A line for each number of rows and backend: its figures, or why there are none."""
+    num_rows, num_columns = shape
+    segment = random_segment(num_rows, num_columns, options.precision, str(device))
+    found: list[Json] = []
+    for count in map(int, options.rows.split(",")):
+        x = torch.randn(count, num_columns, device=device, dtype=torch.bfloat16)
+        wanted = Dequant().run(x, segment)
+        flops = 2 * count * num_rows * num_columns
+        for backend, call in candidates(segment, device):
+            line: Json = {"layer": layer, "rows": count, "backend": backend}
+            if isinstance(call, str):
+                line["reason"] = call
+            else:
+                try:
+                    line |= measure(call, x, wanted)
+                    line["tflops"] = flops / line["ms"] / 1e9
+                except RuntimeError as error:  # a kernel that breaks is a line too
+                    line["reason"] = f"failed: {(str(error).splitlines() or [''])[0]}"
+            found.append(line)
+            print(said(line), flush=True)
+    return found
+
+
+def said(line: Json) -> str:
+    """One line for a person."""
+    head = f"{line['layer']:9} M={line['rows']:<6} {line['backend']:15}"
+    if "reason" in line:
+        return f"{head} {line['reason']}"
+    return f"{head} {line['ms']:8.3f} ms {line['tflops']:7.1f} TFLOP/s  error {line['error']:.3f}"
+
+
+def save(found: Json, folder: Path) -> None:
+    """svdquant-layers.json and svdquant-layers.md."""
+    write_text(folder / "svdquant-layers.json", json.dumps(found, indent=1) + "\n")
+    write_text(folder / "svdquant-layers.md", layers_page(found))
+
+
+def kept(folder: Path, found: Json) -> list[Json]:
+    """Lines of an earlier run on this machine; one is saved when its layer is complete."""
+    path = folder / "svdquant-layers.json"
+    before = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    same = before and same_machine(before, found) and before["precision"] == found["precision"]
+    return before["lines"] if same and before["rows"] == found["rows"] else []
+
+
 def main() -> int:
+    options = _options()
+    device = torch.device(options.device)
+    found: Json = {
+        "command": "python bench svdquant_layers --out docs/benchmarks",
+        "environment": environment(cpu=device.type == "cpu"),
+        **({"rehearsal": True} if options.rehearse else {}),
+        "precision": options.precision,
+        "rank": RANK,
+        "rows": options.rows,
+        "lines": [],
+    }
+    found["lines"] = kept(options.out, found) if options.resume else []
+    known = {line["layer"] for line in found["lines"]}
+    shapes = REHEARSED if options.rehearse else SHAPES
+    print(f"{found['environment']['device']}, {options.precision}, rank {RANK}")
+    for layer, shape in shapes.items():
+        if layer not in known:
+            found["lines"] += lines_of(layer, shape, options, device)
+            save(found, options.out)
+    return 0
+
+
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default)
     parser.add_argument("--precision", default="int4", choices=("int4", "nvfp4"))
     parser.add_argument("--rows", default="256,1024,4096,8192" if default == "cuda" else "256")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    device = torch.device(options.device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    print(f"{name}, torch {torch.__version__}, {options.precision}, rank {RANK}")
-    lines = []
-    for layer, (num_rows, num_columns) in SHAPES.items():
-        segment = random_segment(num_rows, num_columns, options.precision, options.device)
-        for count in map(int, options.rows.split(",")):
-            x = torch.randn(count, num_columns, device=device, dtype=torch.bfloat16)
-            wanted = Dequant().run(x, segment)
-            flops = 2 * count * num_rows * num_columns
-            for backend, call in candidates(segment, device):
-                line: dict[str, Any] = {"layer": layer, "rows": count, "backend": backend}
-                if isinstance(call, str):
-                    line["reason"] = call
-                    print(f"{layer:9} M={count:<6} {backend:15} {call}")
-                else:
-                    line |= measure(call, x, wanted)
-                    line["tflops"] = flops / line["ms"] / 1e9
-                    print(
-                        f"{layer:9} M={count:<6} {backend:15} {line['ms']:8.3f} ms "
-                        f"{line['tflops']:7.1f} TFLOP/s  error {line['error']:.3f}"
-                    )
-                lines.append(line)
-    if options.json:
-        head = {"device": name, "torch": torch.__version__, "precision": options.precision}
-        options.json.write_text(json.dumps({**head, "lines": lines}, indent=2))
-    return 0
+    parser.add_argument("--out", type=Path, default=PACK_ROOT / "output" / "bench")
+    parser.add_argument("--resume", action="store_true", help="keep the layers FOLDER holds")
+    parser.add_argument("--rehearse", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args()

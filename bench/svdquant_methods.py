@@ -105,7 +105,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--out", type=Path, default=PACK_ROOT / "output" / "bench")
     options = parser.parse_args()
-    made = environment()
+    made = environment(cpu=True)
     heavy, gaussian = (mean_errors(options.size, options.seeds, kind) for kind in (True, False))
     found = {
         "command": f"python bench svdquant_methods --size {options.size} --seeds {options.seeds}",

@@ -6,6 +6,7 @@ from typing import Any
 from .tables import preface, table
 
 Json = dict[str, Any]
+DENSE = "bf16 Linear"
 
 
 def convert_page(found: Json) -> str:
@@ -63,7 +64,65 @@ def methods_page(found: Json) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def layers_page(found: Json) -> str:
+    """docs/benchmarks/svdquant-layers.md"""
+    parts = ["# 4-bit layers of Flux's widths, per backend", *preface(found)]
+    parts.append(
+        f"Random {found['precision']} weights of rank {found['rank']} beside a 16-bit Linear of "
+        "the same weights: median of one call, peak memory of the call, and relative error against "
+        "the unpacked weights. Times are the 16-bit layer's over the backend's."
+    )
+    for layer in dict.fromkeys(line["layer"] for line in found["lines"]):
+        lines = [line for line in found["lines"] if line["layer"] == layer]
+        dense = {one["rows"]: one["ms"] for one in lines if one["backend"] == DENSE and "ms" in one}
+        measured = [line for line in lines if "ms" in line]
+        header = ["rows", "backend", "ms", "times", "TFLOP/s", "peak MB", "rel. error"]
+        rows = [_layer_row(line, dense.get(line["rows"])) for line in measured]
+        parts += [f"## {layer}", table(header, rows)]
+        reasons = {line["backend"]: line["reason"] for line in lines if "reason" in line}
+        said = [f"- {name}: {why}" for name, why in reasons.items()]
+        parts += ["Not measured:\n\n" + "\n".join(said)] if said else []
+    return "\n\n".join(parts) + "\n"
+
+
+def _layer_row(line: Json, dense_ms: float | None) -> list[str]:
+    peak = f"{line['peak_bytes'] / 1e6:.0f}" if "peak_bytes" in line else "-"
+    times = f"{dense_ms / line['ms']:.2f}x" if dense_ms else "-"
+    return [
+        str(line["rows"]), line["backend"], f"{line['ms']:.3f}", times, f"{line['tflops']:.1f}",
+        peak, f"{line['error']:.3f}",
+    ]  # fmt: skip
+
+
+def step_page(found: Json) -> str:
+    """docs/benchmarks/svdquant-flux.md"""
+    parts = ["# A step of Flux with 4-bit weights, per backend", *preface(found)]
+    parts.append(
+        f"Random {found['precision']} weights, {found['double']} double and {found['single']} "
+        f"single blocks, {found['tokens']} image tokens: median of {found['repeats']} calls, each "
+        "backend in a process of its own. bf16 is ComfyUI's own 16-bit model."
+    )
+    measured = [row for row in found["rows"] if "seconds" in row]
+    dense = next((row["seconds"] for row in measured if row["backend"] == "bf16"), None)
+    rows = [
+        [
+            row["backend"],
+            f"{row['seconds']:.3f}",
+            f"{dense / row['seconds']:.2f}x" if dense else "-",
+            f"{row['weight_bytes'] / 1e9:.2f}",
+            f"{row['peak_bytes'] / 1e9:.2f}" if "peak_bytes" in row else "-",
+        ]
+        for row in measured
+    ]
+    parts.append(table(["backend", "seconds a step", "times", "weights GB", "peak GB"], rows))
+    said = [f"- {row['backend']}: {row['error']}" for row in found["rows"] if "error" in row]
+    parts += ["Not measured:\n\n" + "\n".join(said)] if said else []
+    return "\n\n".join(parts) + "\n"
+
+
 PAGES: dict[str, Callable[[Json], str]] = {
     "svdquant-convert": convert_page,
     "svdquant-methods": methods_page,
+    "svdquant-layers": layers_page,
+    "svdquant-flux": step_page,
 }

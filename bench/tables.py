@@ -4,12 +4,16 @@ Each *_page function takes one loaded JSON and returns the whole file. PAGES map
 its function; a test renders every JSON under docs/benchmarks again and compares.
 """
 
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from .goals import goals
 
 Json = dict[str, Any]
+
+
+REHEARSAL = "**A rehearsal** with tiny sizes: it shows that the program runs. No number is meant."
 
 
 def suite_name(found: Json) -> str:
@@ -34,19 +38,42 @@ def suite_page(found: Json) -> str:
     )
     parts.append(f"![Speed of every side]({suite_name(found)}.png)")
     for subject in found["subjects"]:
-        parts += [f"## {subject['name']}", _sentence(subject["about"]), _band(subject)]
-        parts.append(_suite_table(subject))
-        notes = [f"- {s['name']}: {s['about']}" for s in subject["sides"] if "about" in s]
-        parts += ["Notes:\n\n" + "\n".join(notes)] if notes else []
-        for key, word in (("failed", "Failed"), ("not_measured", "Not measured")):
-            lines = [f"- {name}: {why}" for name, why in subject[key].items()]
-            parts += [f"{word}:\n\n" + "\n".join(lines)] if lines else []
+        parts += _suite_subject(subject)
     return "\n\n".join(parts) + "\n"
+
+
+def full_width_page(found: Json) -> str:
+    """docs/benchmarks/full-width.md"""
+    parts = ["# Every technique on models of full width", *preface(found)]
+    parts.append(
+        "Random weights of full width on a GPU: speed is meant, pictures would be noise. Speed is "
+        "plain time over the side's time of a whole run, the median of paired rounds with its "
+        "quartiles; a step is the median over the steps of all runs, reused ones included. Within "
+        "noise means inside the band in which plain ComfyUI differs from itself."
+    )
+    parts += ["![Speed of every side](full-width.png)"] if found["subjects"] else []
+    for subject in found["subjects"]:
+        parts += _suite_subject(subject)
+    lines = [f"- {name}: {why}" for name, why in found["failed"].items()]
+    parts += ["## Failed", "\n".join(lines)] if lines else []
+    return "\n\n".join(parts) + "\n"
+
+
+def _suite_subject(subject: Json) -> list[str]:
+    parts = [f"## {subject['name']}", _sentence(subject["about"]), _band(subject)]
+    parts.append(_suite_table(subject))
+    notes = [f"- {s['name']}: {s['about']}" for s in subject["sides"] if "about" in s]
+    parts += ["Notes:\n\n" + "\n".join(notes)] if notes else []
+    for key, word in (("failed", "Failed"), ("not_measured", "Not measured")):
+        lines = [f"- {name}: {why}" for name, why in subject[key].items()]
+        parts += [f"{word}:\n\n" + "\n".join(lines)] if lines else []
+    return parts
 
 
 def _suite_table(subject: Json) -> str:
     has_pictures = any("psnr_db" in side for side in subject["sides"])
     header = ["side", "of", "speed", "quartiles", "verdict", "ms a run", "latent error"]
+    header += ["ms a step"] if "model" in subject else []
     header += ["PSNR dB", "SSIM"] if has_pictures else []
     rows = []
     for side in subject["sides"]:
@@ -61,6 +88,9 @@ def _suite_table(subject: Json) -> str:
             f"{side['total_duration_ms']:.0f}",
             error,
         ]
+        if "model" in subject:
+            steps = [step["duration_ms"] for step in side["denoise_steps_ms"]]
+            row.append(f"{statistics.median(steps):.1f}")
         if has_pictures:
             row += [f"{side['psnr_db']:.1f}", f"{side['ssim']:.3f}"]
         rows.append(row)
@@ -95,8 +125,9 @@ def attention_page(found: Json) -> str:
             for k in shape["kernels"]
         ]
         parts.append(table(header, rows))
-        lines = [f"- {name}: {why}" for name, why in shape["not_measured"].items()]
-        parts += ["Not measured:\n\n" + "\n".join(lines)] if lines else []
+        for key, word in (("failed", "Failed"), ("not_measured", "Not measured")):
+            lines = [f"- {name}: {why}" for name, why in shape.get(key, {}).items()]
+            parts += [f"{word}:\n\n" + "\n".join(lines)] if lines else []
     return "\n\n".join(parts) + "\n"
 
 
@@ -207,6 +238,7 @@ def preface(found: Json) -> list[str]:
         "`python bench pages`.",
         f"Commit {made['commit']}, {made['date']}, {where}, load {made['load']} at the start. "
         f"{', '.join(versions)}.",
+        *([REHEARSAL] if found.get("rehearsal") else []),
     ]
 
 
@@ -223,6 +255,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 PAGES: dict[str, Callable[[Json], str]] = {
     "suite": suite_page,
     "suite-quick": suite_page,
+    "full-width": full_width_page,
     "attention": attention_page,
     "quality": quality_page,
     "demo-model": model_page,

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends.memory import counters
 from .demo_models import CLASS_VECTORS, FLUX, VAE, WEIGHTS
 from .draw import CLASSES, SIZE
 from .flow_model import NO_CLASS
@@ -48,6 +49,46 @@ class Sampled:
     step_ms: tuple[float, ...]
 
 
+def sample_timed(
+    model: Any,
+    empty: Tensor,
+    positive: list[Any],
+    negative: list[Any],
+    *,
+    seed: int,
+    num_steps: int,
+    cfg: float,
+    clock: Clock = time.perf_counter,
+) -> Sampled:
+    """What the KSampler node runs: euler, simple, denoise 1; its preview callback ticks.
+
+    The device has finished at every tick and at the end.
+    """
+    import comfy.sample
+
+    def now() -> float:
+        counters.synchronize(model.load_device)
+        return clock()
+
+    latent = comfy.sample.fix_empty_latent_channels(model, empty)
+    noise = comfy.sample.prepare_noise(latent, seed)
+    how = (num_steps, cfg, "euler", "simple", positive, negative, latent)
+    ticks = [now()]
+    with torch.inference_mode():
+        latents = comfy.sample.sample(
+            model,
+            noise,
+            *how,
+            denoise=1.0,
+            callback=lambda step, denoised, x, total: ticks.append(now()),
+            disable_pbar=True,
+            seed=seed,
+        )
+        seconds = now() - ticks[0]
+    step_ms = tuple(round((b - a) * 1000, 3) for a, b in itertools.pairwise(ticks))
+    return Sampled(latents.cpu().clone(), seconds, step_ms)
+
+
 class TrainedModel:
     """model and vae as loaded; classifier; the class vectors.
 
@@ -56,7 +97,7 @@ class TrainedModel:
     """
 
     def __init__(self, folder: Path = WEIGHTS, *, clock: Clock = time.perf_counter):
-        use_comfyui()
+        use_comfyui(cpu=not torch.cuda.is_available())
         import comfy.utils
         import folder_paths
         from safetensors.torch import load_file
@@ -105,26 +146,11 @@ class TrainedModel:
         num_steps: int,
         cfg: float,
     ) -> Sampled:
-        """What the KSampler node runs: euler, simple, denoise 1; its preview callback ticks."""
-        import comfy.sample
-
-        latent = comfy.sample.fix_empty_latent_channels(model, empty)
-        noise = comfy.sample.prepare_noise(latent, seed)
-        how = (num_steps, cfg, "euler", "simple", positive, negative, latent)
-        ticks = [self.clock()]
-        with torch.inference_mode():
-            latents = comfy.sample.sample(
-                model,
-                noise,
-                *how,
-                denoise=1.0,
-                callback=lambda step, denoised, x, total: ticks.append(self.clock()),
-                disable_pbar=True,
-                seed=seed,
-            )
-            seconds = self.clock() - ticks[0]
-        step_ms = tuple(round((b - a) * 1000, 3) for a, b in itertools.pairwise(ticks))
-        return Sampled(latents.clone(), seconds, step_ms)
+        """sample_timed() with the model's clock."""
+        return sample_timed(
+            model, empty, positive, negative, seed=seed, num_steps=num_steps, cfg=cfg,
+            clock=self.clock,
+        )  # fmt: skip
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures [N, 3, 64, 64] in 0 to 1, by VAEDecode's code."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..backends.attention.apply import apply_attention
 from ..backends.attention.config import AttentionConfig
+from ..backends.attention.kernels.table import POLICIES
 from ..backends.cache.apply import apply_cache
 from ..backends.cache.config import CacheConfig, from_preset
 from .subjects import Subject
@@ -50,8 +51,10 @@ def _attention() -> tuple[Variant, ...]:
         return lambda subject: apply_attention(subject.model, AttentionConfig(policy=policy))
 
     return (
-        Variant("attention, exact", OURS, "attention", with_policy("exact")),
-        Variant("attention, balanced", OURS, "attention", with_policy("balanced")),
+        *(
+            Variant(f"attention, {policy}", OURS, "attention", with_policy(policy))
+            for policy in POLICIES
+        ),
         Variant("ModelAttentionBackend, pytorch", CORE, "attention", _core_attention("pytorch")),
         Variant("ModelAttentionBackend, INT8", CORE, "attention", _core_attention("comfy kitchen")),
     )
@@ -154,8 +157,9 @@ def _offload() -> tuple[Variant, ...]:
         return apply_offload(subject.model, OffloadConfig())
 
     def core(subject: Subject) -> Any:
+        needs = "" if _num_gpus() else "needs a GPU, and "
         raise NotHereError(
-            "needs a GPU, and is chosen when ComfyUI starts: `python bench offload` compares both"
+            f"{needs}is chosen when ComfyUI starts: `python bench offload` compares both"
         )
 
     return (

@@ -1,5 +1,7 @@
 """SlipstreamCache and SlipstreamCacheDiT: widgets to CacheConfig."""
 
+from typing import Any
+
 from comfy_api.latest import io
 
 from ..backends.cache.apply import apply_cache
@@ -87,13 +89,13 @@ class SlipstreamCache(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model,
-        strategy,
-        cache_ratio,
-        warmup,
-        cooldown=1,
-        cfg_mode="shared",
-        engine="auto",
+        model: Any,
+        strategy: str,
+        cache_ratio: float,
+        warmup: int,
+        cooldown: int = 1,
+        cfg_mode: str = "shared",
+        engine: str = "auto",
     ) -> io.NodeOutput:
         config = CacheConfig.from_ratio(
             cache_ratio, strategy=strategy, warmup=warmup, cooldown=cooldown, cfg_mode=cfg_mode,
@@ -138,23 +140,23 @@ class SlipstreamCacheDiT(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model,
-        preset,
-        front_blocks=8,
-        back_blocks=0,
-        residual_diff_threshold=0.08,
-        max_warmup_steps=8,
-        warmup_interval=1,
-        cooldown=1,
-        max_cached_steps=-1,
-        max_continuous_cached_steps=-1,
-        max_accumulated_residual_diff=0.0,
-        cfg_mode="shared",
-        calibrator="none",
-        calibrator_order=1,
-        scm="off",
-        scm_policy="dynamic",
-        reset_at_step=-1,
+        model: Any,
+        preset: str,
+        front_blocks: int = 8,
+        back_blocks: int = 0,
+        residual_diff_threshold: float = 0.08,
+        max_warmup_steps: int = 8,
+        warmup_interval: int = 1,
+        cooldown: int = 1,
+        max_cached_steps: int = -1,
+        max_continuous_cached_steps: int = -1,
+        max_accumulated_residual_diff: float = 0.0,
+        cfg_mode: str = "shared",
+        calibrator: str = "none",
+        calibrator_order: int = 1,
+        scm: str = "off",
+        scm_policy: str = "dynamic",
+        reset_at_step: int = -1,
     ) -> io.NodeOutput:
         config, note = from_preset(
             preset, front_blocks=front_blocks, back_blocks=back_blocks,

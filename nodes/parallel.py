@@ -1,5 +1,7 @@
 """SlipstreamSequenceParallel: widgets to SequenceParallelConfig."""
 
+from typing import Any
+
 from comfy_api.latest import io
 
 from ..parallel.apply import apply_parallel
@@ -78,7 +80,15 @@ class SlipstreamSequenceParallel(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, workers, devices, ulysses=0, ring=0, cfg=0, timeout_s=60, idle_s=900
+        cls,
+        model: Any,
+        workers: int,
+        devices: str,
+        ulysses: int = 0,
+        ring: int = 0,
+        cfg: int = 0,
+        timeout_s: int = 60,
+        idle_s: int = 900,
     ) -> io.NodeOutput:
         config = SequenceParallelConfig(
             workers=workers, devices=devices, ulysses=ulysses, ring=ring, cfg=cfg,

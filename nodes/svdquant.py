@@ -1,5 +1,7 @@
 """SVDQuant nodes: load, inspect, calibrate, convert. Widgets to configs and names."""
 
+from typing import Any
+
 from comfy_api.latest import io
 
 from ..backends.host import show_text
@@ -70,7 +72,14 @@ class SlipstreamSVDQuantLoader(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model_name, backend, precision="auto", rank=0, dtype="auto") -> io.NodeOutput:
+    def execute(
+        cls,
+        model_name: str,
+        backend: str,
+        precision: str = "auto",
+        rank: int = 0,
+        dtype: str = "auto",
+    ) -> io.NodeOutput:
         config = SVDQuantConfig(backend=backend, precision=precision, rank=rank, dtype=dtype)
         path = str(files.model_path(model_name))
         return io.NodeOutput(load_svdquant(path, config.to_json()))
@@ -102,7 +111,7 @@ class SlipstreamSVDQuantInspect(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model_name) -> io.NodeOutput:
+    def execute(cls, model_name: str) -> io.NodeOutput:
         text = files.inspect_model(model_name)
         show_text(text, cls.hidden.unique_id)
         return io.NodeOutput(text)
@@ -134,7 +143,7 @@ class SlipstreamSVDQuantCalibrate(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, name) -> io.NodeOutput:
+    def execute(cls, model: Any, name: str) -> io.NodeOutput:
         return io.NodeOutput(apply_calibrate(model, files.statistics_path(name)))
 
 
@@ -217,14 +226,14 @@ class SlipstreamSVDQuantConvert(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model_name,
-        precision,
-        statistics,
-        rank=32,
-        search=False,
-        file_name="",
-        overwrite=False,
-        after=None,
+        model_name: str,
+        precision: str,
+        statistics: str,
+        rank: int = 32,
+        search: bool = False,
+        file_name: str = "",
+        overwrite: bool = False,
+        after: Any = None,
     ) -> io.NodeOutput:
         config = ConvertConfig(precision=precision, rank=rank, search=search)
         file = files.convert_model(

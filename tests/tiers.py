@@ -148,8 +148,8 @@ def lint(rest: Sequence[str]) -> Outcome:
     # Relative imports reach up to the pack root, whose folder may have any name.
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "slipstream").symlink_to(ROOT, target_is_directory=True)
-        packages = ["-p", "slipstream.backends", "-p", "slipstream.parallel"]
-        packages = packages if any((ROOT / "parallel").glob("*.py")) else packages[:2]
+        typed = ("backends", "parallel", "nodes", "bench")
+        packages = [word for name in typed for word in ("-p", f"slipstream.{name}")]
         config = [f"--config-file={ROOT / 'pyproject.toml'}", f"--cache-dir={ROOT / '.mypy_cache'}"]
         command = [python, "-m", "mypy", "--follow-imports=silent", *config, *packages]
         if subprocess.run(command, cwd=folder, env={**env, "MYPYPATH": folder}).returncode:

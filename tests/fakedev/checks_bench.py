@@ -19,9 +19,8 @@ def case(env):
 
 
 def test_everything_is_measured(case, monkeypatch):
-    monkeypatch.setattr(offload_steps, "NUM_RUNS", 4)
     monkeypatch.setattr(host, "copy_rates", lambda device: (5e9, 2e9))
-    found = {"model": "wan", "manager": "any", **offload_steps.measure(case)}
+    found = {"model": "wan", "manager": "any", **offload_steps.measure(case, num_runs=4)}
     assert found["equal_bits"]
     assert found["equal_bits_cached"]
     assert [cap["share"] for cap in found["caps"]] == [0.0, 0.25, 0.5, 1.0, 1.0]

@@ -206,6 +206,7 @@ def test_caches_have_something_to_skip_in_the_small_wan(demo, tmp_path):
     [
         ("flux", "Flux", 11.8e9, 12.0e9),
         ("wan", "WAN21_T2V", 7.2e9, 7.3e9),  # half of 14B: 20 of 40 blocks
+        ("wan-video", "WAN21_T2V", 3.7e9, 3.8e9),  # a quarter: 10 of 40 blocks
         ("qwen", "QwenImage", 6.8e9, 6.9e9),  # a third of 20B
         ("sdxl", "SDXL", 2.56e9, 2.57e9),
     ],

@@ -37,6 +37,12 @@ _DROPPED = ("wrappers", "callbacks", OVERRIDE, "patches", "patches_replace")
 _JUDGED_CALL = 2  # the first shared call of a run warms up
 
 
+VOID = (
+    "An evaluation gave NaN or infinite values and was computed again on one device, as is the "
+    "rest of this run: what runs on the workers cannot be looked at"
+)
+
+
 class ParallelRun:
     """One run's State. `shared` None: nothing can be shared; `reason` says why not (any more)."""
 
@@ -79,6 +85,15 @@ class ParallelRun:
         self.reason = reason
         self.layout = None
         self.run.note(reason)
+
+    def forget(self) -> None:
+        """The latest evaluation is void, and another rank may be to blame: no more sharing.
+
+        What the workers keep of it is not used again.
+        """
+        self.decisions.failed()
+        if self.shared is not None and not self.reason:
+            self.stop_sharing(VOID)
 
     # --- calls
 

@@ -49,11 +49,11 @@ class AttentionRun:
         self.schedule = Schedule(config, block_numbers(network), run.position)
         self.places = Places(network, is_compiled=self.is_compiled)
         self.preferred = host.preferred_attention(network)
-        self.defaults = Defaults(
-            previous, by_place(network, self.preferred), exact_only=config.exact_only
-        )
         self.kept = kept_for(run.patcher, config)
         approximate, exact = order(config, kernels, policies)
+        self.defaults = Defaults(
+            previous, by_place(network, self.preferred), exact_only=not approximate
+        )
         self.planner = Planner(
             config, approximate, exact, ComfyUIPytorch(), self.kept,
             num_calls=num_blocks(network) * run.num_steps,

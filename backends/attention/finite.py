@@ -16,10 +16,6 @@ FROM_MODEL = (
     "NaN or infinite values with ComfyUI's own attention too: they come from the model, not from "
     "an attention kernel"
 )
-SHARED = (
-    "An evaluation gave NaN or infinite values. The run is shared over several devices, so it was "
-    "not computed again: set policy to 'exact' to see whether an attention kernel is to blame"
-)
 
 
 class FiniteCheck:
@@ -38,10 +34,6 @@ class FiniteCheck:
     def checked(self, out: torch.Tensor, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         """`out`, what compute() gave; computed once more if it is not finite."""
         if self._is_over or bool(torch.isfinite(out).all()):
-            return out
-        if "parallel" in self._run.states:
-            self._run.note(SHARED)
-            self._is_over = True
             return out
         self._culprits.clear()
         self._run.repeat_evaluation()

@@ -3,9 +3,13 @@
 import json
 
 import comfy_home
+import fake_kernels
 import pytest
 import tiny
 import torch
+from fake_kernels import FakeKernel
+from slipstream.backends.attention.apply import apply_attention
+from slipstream.backends.attention.config import AttentionConfig
 from slipstream.backends.cache.apply import apply_cache
 from slipstream.backends.cache.config import CacheConfig
 from slipstream.backends.run import current, run_log
@@ -72,6 +76,32 @@ def test_uni_pc(sampler, cfg):
     settings = {"steps": 4, "sampler": sampler, "cfg": cfg}
     expected = tiny.sample(model, "flux", **settings)
     assert relative(tiny.sample(parallel(model), "flux", **settings), expected) <= EQUAL
+
+
+# --- kernels that fail late
+
+
+@pytest.mark.parametrize("strategy", [None, "scm"])
+def test_nan_in_a_shared_evaluation_is_computed_again_on_one_device(strategy):
+    """Whose kernel it was cannot be seen from here; a cache must not reuse what it made of it."""
+    model = tiny.load("flux")
+    plain = tiny.sample(model, "flux", steps=8, cfg=1.0)
+    known, policies = fake_kernels.table(FakeKernel("late", bad=range(12, 10_000)))
+    config = AttentionConfig(
+        min_tokens=0, dense_first_steps=0, dense_last_steps=0, autotune=False, probe=False
+    )
+    noded = parallel(apply_attention(model, config, kernels=known, policies=policies))
+    if strategy is not None:
+        noded = apply_cache(noded, CacheConfig(strategy=strategy))
+    out = tiny.sample(noded, "flux", steps=8, cfg=1.0)
+    assert torch.isfinite(out).all()
+    record = run_log(noded).latest()
+    assert any("computed again on one device" in note for note in record.notes)
+    assert section(noded)["calls_distributed"] > 0
+    if strategy is None:
+        assert relative(out, plain) <= 1e-5
+    else:
+        assert section(noded, "cache")["hits"] > 0
 
 
 # --- guiders

@@ -75,13 +75,6 @@ class AttentionConfig:
         if problem is not None:
             raise AttentionError(problem)
 
-    @property
-    def exact_only(self) -> bool:
-        """Whether the settings promise the same mathematics, with other rounding at most."""
-        if self.policy == "manual":
-            return KERNELS[self.backend].category == "exact"
-        return self.policy == "exact"
-
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 

@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 from cache_runs import cached, every_second, flat, is_clean, network, sample_twice_each, section
-from slipstream.backends import architectures
+from slipstream.backends import architectures, compiler
 from slipstream.backends.cache import blocks, strategy
 
 FAMILIES = (*tiny.FAMILIES, *tiny.IN_MEMORY)
@@ -98,6 +98,7 @@ def test_a_wrong_residual_would_be_noticed(monkeypatch):
 def test_a_part_of_the_sequence_cannot_be_cached(family, monkeypatch):
     """Negative control: these keep keys of the prompt, and leave it out of later calls."""
     monkeypatch.setattr(blocks, "whole_sequence", lambda architecture, options: options)
+    monkeypatch.setattr(compiler, "prefix_cache_off", lambda network, options: False)
     with pytest.raises((AssertionError, RuntimeError, TypeError, ValueError)):
         check(family, strategy="fbcache")
 

@@ -36,6 +36,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.host)
 
 
+@pytest.fixture(autouse=True)
+def _nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs measure stays out of the checkout's user folder, and out of the next test."""
+    from slipstream.backends import host
+
+    monkeypatch.setattr(host, "user_folder", lambda: None)
+
+
 @pytest.fixture(scope="session")
 def comfy() -> Path:
     """ComfyUI in this process; skips without one."""

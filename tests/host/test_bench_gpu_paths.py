@@ -21,8 +21,9 @@ from slipstream.bench.tables import REHEARSAL
 
 FAKED = PACK_ROOT / "tests" / "faked_gpu.py"
 GPU = "NVIDIA Faked GPU"
-# One of each kind; `./test full host` walks them all.
-CHOSEN = ("steps-flux", "svdquant-layers", "svdquant-flux", "offload-flux-classic")
+# `./test full host` walks one more of each kind, and in a test of its own all of them.
+CHOSEN = ("steps-flux", "svdquant-layers")
+LONGER = ("svdquant-flux", "offload-flux-classic")
 
 
 def run(comfy, *arguments):
@@ -44,22 +45,27 @@ def read(folder, name):
 
 
 @pytest.fixture(scope="module")
-def hour(comfy, tmp_path_factory):
+def chosen(request):
+    return (*CHOSEN, *LONGER) if request.config.getoption("--full") else CHOSEN
+
+
+@pytest.fixture(scope="module")
+def hour(comfy, tmp_path_factory, chosen):
     """What `python bench gpu` wrote and said, of the chosen parts."""
     folder = tmp_path_factory.mktemp("gpu")
-    said = run(comfy, "gpu", "--rehearse", "--only", ",".join(CHOSEN), "--out", folder)
+    said = run(comfy, "gpu", "--rehearse", "--only", ",".join(chosen), "--out", folder)
     return folder, said
 
 
 # The parts call "full_width", "svdquant_layers", "svdquant_flux", "offload" and "gpu_preflight".
 
 
-def test_the_hour_does_every_part_and_says_so(hour):
+def test_the_hour_does_every_part_and_says_so(hour, chosen):
     folder, said = hour
     parts = read(folder, "gpu")["parts"]
-    assert {name: row["state"] for name, row in parts.items()} == dict.fromkeys(CHOSEN, DONE)
+    assert {name: row["state"] for name, row in parts.items()} == dict.fromkeys(chosen, DONE)
     planned = {part.name: part for part in gpu_parts.parts()}
-    for name in CHOSEN:
+    for name in chosen:
         assert f"{name}: {planned[name].title}" in said
         assert all((folder / file).is_file() for file in planned[name].files)
         assert (folder / "logs" / f"{name}.log").is_file()
@@ -98,6 +104,7 @@ def test_svdquant_layers_have_a_line_per_backend(hour):
     assert not [line for line in lines if "failed" in line.get("reason", "")]
 
 
+@pytest.mark.full
 def test_a_step_of_flux_is_measured_with_each_backend(hour):
     rows = {row["backend"]: row for row in read(hour[0], "svdquant-flux")["rows"]}
     assert rows.keys() == {"bf16", "kitchen", "dequant"}
@@ -107,6 +114,7 @@ def test_a_step_of_flux_is_measured_with_each_backend(hour):
     assert rows["kitchen"]["weight_bytes"] < rows["bf16"]["weight_bytes"]
 
 
+@pytest.mark.full
 def test_offload_is_measured_at_every_budget(hour):
     (one,) = read(hour[0], "offload")["models"]
     assert (one["model"], one["manager"]) == ("flux", "classic")

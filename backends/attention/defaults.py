@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from .. import host
+from .entry import DEFAULT, Fallback
 from .layout import Views
 from .places import Place
-from .plan import DEFAULT, Fallback
 
 Attention = Callable[..., torch.Tensor]
 

@@ -16,6 +16,7 @@ from ..report import Section
 from ..run import Run
 from .config import AttentionConfig, AttentionError
 from .defaults import Attention, Defaults
+from .entry import DEFAULT, Entry
 from .finite import FiniteCheck
 from .frozen import plan_of
 from .kept import kept_for
@@ -23,7 +24,7 @@ from .kernels.base import APPROXIMATE, Kernel
 from .kernels.comfyui import ComfyUIPytorch
 from .layout import Views, read_call, request_of, write_output
 from .places import Place, Places, block_numbers, by_place, num_blocks, place_in
-from .plan import DEFAULT, Entry, Planner
+from .plan import Planner
 from .policy import Schedule, order
 from .probe import is_finite
 from .request import BlockKey

@@ -6,8 +6,7 @@ approximate ones on the call's own q, k, v, and returns the result of the winner
 Nothing that is tried here may end a run: a kernel that fails is a reason.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 
 import torch
 
@@ -15,64 +14,19 @@ from .. import host
 from ..registry import eligible
 from . import failures
 from .config import AttentionConfig
+from .entry import DEFAULT, Entry, Fallback, answer_of
 from .failures import Failures
 from .kept import Kept
 from .kernels.base import APPROXIMATE, EXACT, Kernel
 from .layout import Views
 from .policy import ON_CPU, closed
 from .probe import Verdict, probe
+from .ranking import Ranking
 from .request import BlockKey, Request
 from .timings import shape_key
-from .tuning import race, slice_heads
 
-DEFAULT = "default"  # what answers where no kernel of ours does
-# The share of the default's time that a kernel must stay below to be used.
-GAIN = {EXACT: 0.97, APPROXIMATE: 0.90}
-TUNING = "Slipstream: timing attention kernels for this shape (once per GPU)"
 CAPTURING = "{} is not used while a CUDA graph is captured: it cannot be checked there"
 NOT_CHECKED = "{} is not used: there was no memory to check it ({})"
-
-OnViews = Callable[[Views], torch.Tensor]
-
-
-@dataclass
-class Entry:
-    """What answers one kind of call. kernel None: ComfyUI's function (or an earlier patch)."""
-
-    block: BlockKey
-    request: Request
-    kernel: Kernel | None = None
-    is_dense: bool = False  # the schedule wants an exact kernel
-    default_name: str = ""  # what answers where kernel is None
-    default_accuracy: str = "exact"
-    reasons: dict[str, str] = field(default_factory=dict)  # kernel id -> sentence
-    verdict: Verdict | None = None
-    answers: dict[str, int] = field(default_factory=dict)  # kernel id or DEFAULT -> calls
-    used_approximate: bool = False  # an approximate kernel has answered
-    probes: int = 0
-    is_due: bool = False  # a second check in mid-run is still to come
-    chosen_ms: float | None = None
-    exact_ms: float | None = None
-    refused: bool = False  # a kernel was wanted and none could take it
-    steps: list[tuple[int, str]] = field(default_factory=list)  # (step, kernel id), one per step
-    last_step: int = -1
-
-    @property
-    def calls(self) -> int:
-        return sum(self.answers.values())
-
-
-@dataclass(frozen=True)
-class Fallback:
-    """What answers a call that no kernel takes. run: it, on views; id: under which it is timed.
-
-    may_stay: it is exact, or what the checkpoint itself asks for in this layer, so that nothing
-    has to replace it where approximate kernels are not to be tried.
-    """
-
-    run: OnViews
-    id: str = DEFAULT
-    may_stay: bool = True
 
 
 class Planner:
@@ -90,7 +44,7 @@ class Planner:
         self.config, self.approximate, self.exact = config, approximate, exact
         self.last_resort, self.kept = last_resort, kept
         self.failures = Failures()
-        self._num_calls = num_calls  # of attention in the whole run, for the timing's budget
+        self._ranking = Ranking(config, kept, num_calls)
         self._by_id = {k.id: k for k in (*approximate, *exact, last_resort)}
         self._checked: set[tuple[str, str, str, int]] = set()  # exact kernels, see _is_new
         self._distrusted: set[tuple[str, str]] = set()  # (kernel id, shape): see was_trusted
@@ -124,7 +78,7 @@ class Planner:
         entry.reasons.update(rejected)
         if not approximate and not exact:
             return entry, self._without_kernels(entry, rejected, shut, views, fallback)
-        best_exact, approximate = self._rank(entry, approximate, exact, views, fallback)
+        best_exact, approximate = self._ranking.rank(entry, approximate, exact, views, fallback)
         for kernel in approximate:
             out = self._try_approximate(entry, kernel, views)
             if out is not None:
@@ -268,7 +222,7 @@ class Planner:
         leaves the context dead, and the user's cancel, are raised: nothing can be done after it.
         """
         try:
-            return _run(kernel, views)
+            return answer_of(kernel, views)
         except torch.cuda.OutOfMemoryError:
             host.release_cached_memory()
         except Exception as error:  # third-party kernels raise anything; it goes to the report
@@ -276,7 +230,7 @@ class Planner:
                 raise
             return self._failed(kernel, request, error)
         try:
-            return _run(kernel, views)
+            return answer_of(kernel, views)
         except Exception as error:
             if failures.must_raise(error):
                 raise
@@ -288,75 +242,6 @@ class Planner:
         self.failures.add(kernel.id, request, why, transient=is_memory)
         return why
 
-    def _rank(
-        self,
-        entry: Entry,
-        approximate: list[Kernel],
-        exact: list[Kernel],
-        views: Views,
-        fallback: Fallback,
-    ) -> tuple[Kernel | None, list[Kernel]]:
-        """(exact kernel or None for the default, approximate kernels that beat it, best first)."""
-        if self.config.policy == "manual" or not self.config.autotune:
-            return (exact[0] if exact else None), approximate
-        times = self._times(entry, approximate, exact, views, fallback)
-        default_ms = times.get(fallback.id)
-        if default_ms is None:  # the default first: nothing can be said to beat an unknown
-            return (None if fallback.may_stay or not exact else exact[0]), []
-        best: Kernel | None = min(
-            (k for k in exact if k.id in times), key=lambda k: times[k.id], default=None
-        )
-        if fallback.may_stay and (best is None or times[best.id] > GAIN[EXACT] * default_ms):
-            if best is not None:
-                entry.reasons[best.id] = _slower(best, times[best.id], DEFAULT, default_ms)
-            best = None
-        entry.exact_ms = times[best.id] if best is not None else default_ms
-        faster = []
-        name = best.id if best is not None else DEFAULT
-        for kernel in sorted((k for k in approximate if k.id in times), key=lambda k: times[k.id]):
-            if times[kernel.id] < GAIN[APPROXIMATE] * entry.exact_ms:
-                faster.append(kernel)
-            else:
-                entry.reasons[kernel.id] = _slower(kernel, times[kernel.id], name, entry.exact_ms)
-        return best, faster
-
-    def _times(
-        self,
-        entry: Entry,
-        approximate: list[Kernel],
-        exact: list[Kernel],
-        views: Views,
-        fallback: Fallback,
-    ) -> dict[str, float]:
-        """Milliseconds of the default and of the candidates, as far as they are known or fit."""
-        request, timings, budget = entry.request, self.kept.timings, self.kept.budget
-        candidates = [*_worth_timing(exact, request), *approximate]
-        calls: dict[str, Callable[[Views], object]] = {fallback.id: fallback.run}
-        calls |= {kernel.id: _caller(kernel) for kernel in candidates}
-        known = {n: ms for n in calls if (ms := timings.get(request, n)) is not None}
-        if len(known) == len(calls):
-            return known
-        why = "while a CUDA graph is captured" if request.capturing else _no_room(views)
-        if why is not None:
-            entry.reasons.update({n: f"{n} is not timed: {why}" for n in calls if n not in known})
-            return known
-        host.show_text_on_running_node(TUNING)
-        found = race(calls, request, views, timings, budget, host.raise_if_cancelled)
-        if fallback.id in found.ms:
-            budget.expected_s = max(
-                budget.expected_s, found.ms[fallback.id] * self._num_calls / 1e3
-            )
-        for name, error in found.dropped.items():
-            if isinstance(error, torch.cuda.OutOfMemoryError):
-                host.release_cached_memory()
-            entry.reasons[name] = failures.sentence(name, error, "while it was timed")
-        for name in found.open:
-            entry.reasons[name] = (
-                f"{name} is not timed yet: this run's {budget.spent_s:.1f} s for timing are used "
-                "up; the next run goes on"
-            )
-        return found.ms
-
     def check_again(self, entry: Entry, out: torch.Tensor, views: Views) -> bool:
         """Check a running approximate kernel; False takes it off this entry."""
         assert entry.kernel is not None
@@ -365,48 +250,3 @@ class Planner:
         if why is not None:
             entry.reasons[entry.kernel.id] = why
         return why is None
-
-
-def _run(kernel: Kernel, views: Views) -> torch.Tensor:
-    out = kernel.run(views.q, views.k, views.v, mask=views.mask, scale=views.scale)
-    assert isinstance(out, torch.Tensor)
-    return out
-
-
-def _caller(kernel: Kernel) -> Callable[[Views], object]:
-    return lambda views: _run(kernel, views)
-
-
-def _worth_timing(exact: list[Kernel], request: Request) -> list[Kernel]:
-    """Without a mask, torch's FlashAttention is always ahead of its memory-efficient kernel."""
-    if request.has_mask or not any(k.id == "flash_sdpa" for k in exact):
-        return exact
-    return [k for k in exact if k.id != "efficient"]
-
-
-def _slower(kernel: Kernel, ms: float, other: str, other_ms: float) -> str:
-    """'sage2 is less than 10 % faster here (9.8 ms, default 10 ms)'."""
-    percent = round(100 * (1 - GAIN[kernel.category]))
-    what = "not faster" if ms >= other_ms else f"less than {percent} % faster"
-    return f"{kernel.id} is {what} here ({ms:.3g} ms, {other} {other_ms:.3g} ms)"
-
-
-def _no_room(views: Views) -> str | None:
-    """Why results and quantised copies of the timed heads do not fit in device memory, or None."""
-    if views.q.device.type != "cuda":
-        return None
-    free = host.free_memory(views.q.device)
-    part, _ = slice_heads(views)
-    needed = 3 * (part.q.nbytes + part.k.nbytes + part.v.nbytes)
-    if free > needed:
-        return None
-    return f"{free / 2**30:.1f} GiB free, {needed / 2**30:.1f} needed"
-
-
-def reasons_of(entries: Mapping[object, Entry]) -> dict[str, int]:
-    """Sentence -> number of calls it stood against, over all entries."""
-    found: dict[str, int] = {}
-    for entry in entries.values():
-        for sentence in set(entry.reasons.values()):
-            found[sentence] = found.get(sentence, 0) + entry.calls
-    return found

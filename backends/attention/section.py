@@ -8,7 +8,7 @@ from typing import Any
 from ..report import Grid, Section
 from .config import AttentionConfig
 from .defaults import APPROXIMATE, EXACT, UNKNOWN
-from .plan import DEFAULT, Entry, reasons_of
+from .entry import DEFAULT, Entry, reasons_of
 from .policy import SCHEDULED_STEP
 from .request import BlockKey
 

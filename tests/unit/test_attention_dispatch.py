@@ -480,7 +480,7 @@ def test_a_sample_that_no_longer_holds_makes_every_layer_prove_itself(user_folde
 
 def test_timing_under_another_default_decides_nothing(user_folder, monkeypatch):
     """--use-sage-attention in one start, not in the next: the default's time is another one."""
-    from slipstream.backends.attention import plan, tuning
+    from slipstream.backends.attention import ranking, tuning
 
     def race(calls, request, views, timings, budget, interrupt):
         for name in calls:
@@ -491,7 +491,7 @@ def test_timing_under_another_default_decides_nothing(user_folder, monkeypatch):
     def slow(func, *args, **kwargs):
         return func(*args, **kwargs)
 
-    monkeypatch.setattr(plan, "race", race)
+    monkeypatch.setattr(ranking, "race", race)
     kernel = FakeKernel("quick")
     fast = patched(kernel, autotune=True)
     sample(fast, NOISE, steps=2)
@@ -507,7 +507,7 @@ def test_timing_under_another_default_decides_nothing(user_folder, monkeypatch):
 
 
 def test_approximate_kernels_need_ten_percent_exact_ones_three(user_folder):
-    from slipstream.backends.attention.plan import GAIN
+    from slipstream.backends.attention.ranking import GAIN
 
     assert GAIN == {"exact": 0.97, "approximate": 0.90}
     model = patched(FakeKernel("quick"), autotune=True)
@@ -528,9 +528,9 @@ def test_approximate_kernels_need_ten_percent_exact_ones_three(user_folder):
 
 
 def test_without_room_the_exact_default_stays_and_the_report_says_so(monkeypatch):
-    from slipstream.backends.attention import plan
+    from slipstream.backends.attention import ranking
 
-    monkeypatch.setattr(plan, "_no_room", lambda views: "1.0 GiB free, 2.8 needed")
+    monkeypatch.setattr(ranking, "_no_room", lambda views: "1.0 GiB free, 2.8 needed")
     model = patched(FakeKernel("quick"), FakeKernel("cudnn", "exact"), autotune=True)
     sample(model, NOISE, steps=2)
     assert report(model)["calls"] == {"comfyui:sdpa": 8}

@@ -7,11 +7,13 @@ import pytest
 import torch
 from fake_kernels import FakeKernel
 from slipstream.backends.attention import plan as plan_module
+from slipstream.backends.attention import ranking
 from slipstream.backends.attention.config import AttentionConfig
+from slipstream.backends.attention.entry import Fallback
 from slipstream.backends.attention.kept import Kept
 from slipstream.backends.attention.kernels.comfyui import ComfyUIPytorch
 from slipstream.backends.attention.layout import Views, request_of
-from slipstream.backends.attention.plan import Fallback, Planner
+from slipstream.backends.attention.plan import Planner
 from slipstream.backends.attention.policy import order
 from slipstream.backends.attention.request import BlockKey
 from slipstream.backends.attention.timings import Timings
@@ -60,7 +62,7 @@ def test_nothing_is_checked_or_timed_while_a_graph_is_captured(monkeypatch):
         raise AssertionError("no sync while capturing")
 
     monkeypatch.setattr(plan_module, "probe", forbidden)
-    monkeypatch.setattr(plan_module, "race", forbidden)
+    monkeypatch.setattr(ranking, "race", forbidden)
     entry, out = setting.plan(views(), capturing=True)
     assert (entry.kernel, out) == (None, None)
     assert kernel.num_runs == exact.num_runs == 0
@@ -106,23 +108,23 @@ def test_room_is_asked_as_comfyui_counts_and_for_the_timed_heads_only(monkeypatc
         def __getitem__(self, index):
             return OnCuda(index[1].stop)
 
-    monkeypatch.setattr(
-        plan_module.host, "free_memory", lambda device: asked.append(device) or 2**30
-    )
+    monkeypatch.setattr(ranking.host, "free_memory", lambda device: asked.append(device) or 2**30)
     whole = Views(OnCuda(40), OnCuda(40), OnCuda(40), None, None)
-    assert plan_module._no_room(whole) is None  # one head: 150 MB of 6 GB
-    monkeypatch.setattr(plan_module.host, "free_memory", lambda device: 2**26)
-    assert plan_module._no_room(whole) == "0.1 GiB free, 0.1 needed"
+    assert ranking._no_room(whole) is None  # one head: 150 MB of 6 GB
+    monkeypatch.setattr(ranking.host, "free_memory", lambda device: 2**26)
+    assert ranking._no_room(whole) == "0.1 GiB free, 0.1 needed"
     assert asked == [torch.device("cuda", 1)]
 
 
 def test_tuning_is_shown_once_it_measures(monkeypatch):
     shown = []
-    monkeypatch.setattr(plan_module.host, "show_text_on_running_node", shown.append)
+    monkeypatch.setattr(ranking.host, "show_text_on_running_node", shown.append)
     setting = Setting(FakeKernel("quick"), autotune=True)
     setting.plan(views())
     setting.plan(views(), BlockKey("double", 1, 0))
-    assert shown == [plan_module.TUNING]
+    assert shown[0] == ranking.TUNING
+    assert "kernels timed in" in shown[1]
+    assert len(shown) == 2
 
 
 def test_cancel_while_timing_ends_the_run(monkeypatch):
@@ -132,7 +134,7 @@ def test_cancel_while_timing_ends_the_run(monkeypatch):
     def cancelled():
         raise InterruptProcessingException
 
-    monkeypatch.setattr(plan_module.host, "raise_if_cancelled", cancelled)
+    monkeypatch.setattr(ranking.host, "raise_if_cancelled", cancelled)
     with pytest.raises(InterruptProcessingException):
         Setting(FakeKernel("quick"), autotune=True).plan(views())
 

@@ -1,4 +1,7 @@
+import re
+
 import pytest
+from comfy_home import PACK_ROOT
 from slipstream.backends.attention.apply import apply_attention
 from slipstream.backends.attention.config import AttentionConfig, AttentionError, parse_blocks
 from slipstream.backends.attention.policy import BlockNumbers, Schedule
@@ -112,3 +115,20 @@ def test_missing_package_with_an_explicit_backend(monkeypatch):
         apply_attention(None, AttentionConfig(policy="manual", backend="sage1"))
     with pytest.raises(AttentionError, match="Backend 'flash3' is not available"):
         apply_attention(None, AttentionConfig(policy="manual", backend="flash3"))
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "README.md",
+        "nodes/attention.py",
+        "nodes/web/docs/SlipstreamAttention.md",
+        "workflows/slipstream-attention-image.json",
+    ],
+)
+def test_policy_exact_is_said_to_be_what_it_is(file):
+    """Not "output-preserving": who reads that expects the same pixels."""
+    text = (PACK_ROOT / file).read_text(encoding="utf-8").replace('"', "")
+    text = " ".join(text.split())
+    assert re.search(r"same mathematics[ ,a-z]*other rounding", text)
+    assert not re.search(r"exact[^.]*(up to|by) rounding", text)

@@ -235,6 +235,7 @@ def test_full_width_is_planned_on_a_gpu_only(demo, tmp_path, monkeypatch):
 # --- the trained model
 
 
+@pytest.mark.full
 def test_the_loss_through_comfyui_is_the_one_that_training_recorded(demo):
     """apply_model of the shipped weights on pictures that were never trained on, within 3 %."""
     recorded = json.loads((WEIGHTS / "training.json").read_text("utf-8"))["flow"]["loss"]

@@ -51,6 +51,7 @@ def train(folder):
     return subprocess.run(command, cwd=PACK_ROOT, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.full
 def test_every_stage_leaves_its_files_and_is_not_done_twice(comfy, tmp_path):
     done = train(tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -212,10 +212,14 @@ class BoundCall:
             views, low_precision=options.get("low_precision_attention", True) is not False,
             dense=self.dense_step,
         )  # fmt: skip
-        entry, out = owner.planner.plan(
-            block, request, views, owner.defaults.fallback(func, options),
-            dense_step=self.dense_step, dense_block=owner.schedule.dense_block(block),
-        )  # fmt: skip
+        inside, self.inside = self.inside, True  # the default is timed, and may lead back to us
+        try:
+            entry, out = owner.planner.plan(
+                block, request, views, owner.defaults.fallback(func, options),
+                dense_step=self.dense_step, dense_block=owner.schedule.dense_block(block),
+            )  # fmt: skip
+        finally:
+            self.inside = inside
         entry.default_name = owner.defaults.name(func)
         entry.default_accuracy = owner.defaults.accuracy(func)
         if owner.config.strict and entry.refused:

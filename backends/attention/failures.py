@@ -7,7 +7,14 @@ from .request import Request
 from .timings import shape_key
 
 MOST_SHAPES = 3  # different shapes that a kernel may fail on before the run gives it up
-FATAL = ("illegal memory access", "device-side assert", "unspecified launch failure")
+# CUDA errors after which the context is dead (the runtime API's cudaError_t says which are).
+FATAL = (
+    "illegal memory access",
+    "device-side assert",
+    "unspecified launch failure",
+    "misaligned address",
+    "illegal instruction",
+)
 
 
 def must_raise(error: Exception) -> bool:

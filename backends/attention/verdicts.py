@@ -30,7 +30,7 @@ class Verdicts:
         self._model, self._versions, self._forget = model, dict(versions), forget
         self._loaded: dict[str, Layers] | None = None  # "machine | shape | kernel" -> layers
         self._distrusted: set[str] = set()
-        self._used = self._changed = False
+        self._changed = False
 
     def known(self, block: BlockKey, request: Request, kernel_id: str) -> Verdict | None:
         """The verdict of an earlier run, None if there is none or it is no longer trusted."""
@@ -38,10 +38,7 @@ class Verdicts:
         if key in self._distrusted:
             return None
         values = self._mine.get(key, {}).get(str(block))
-        if values is None:
-            return None
-        self._used = True
-        return _verdict(values)
+        return None if values is None else _verdict(values)
 
     def is_sample(
         self,

@@ -181,7 +181,22 @@ def test_chain_keeps_an_earlier_override_and_replaces_our_own():
     assert any("test_attention_dispatch" in s for s in report(twice)["reasons"])
 
 
-def test_another_pack_on_top_of_ours_and_ours_again_meets_itself_once():
+@pytest.mark.parametrize("autotune", [False, True])
+def test_another_pack_on_top_of_ours_and_ours_again_meets_itself_once(autotune, monkeypatch):
+    """Also while the default, which leads back to us, is timed."""
+    from slipstream.backends.attention.plan import Planner
+
+    depths, real = [0], Planner.plan
+
+    def plan(*args, **kwargs):
+        depths.append(depths[-1] + 1)
+        try:
+            assert depths[-1] == 1, "a call is planned while it is planned"
+            return real(*args, **kwargs)
+        finally:
+            depths.pop()
+
+    monkeypatch.setattr(Planner, "plan", plan)
     kernel = FakeKernel("one")
     inner = patched(kernel)
     ours = inner.model_options["transformer_options"]["optimized_attention_override"]
@@ -189,10 +204,12 @@ def test_another_pack_on_top_of_ours_and_ours_again_meets_itself_once():
     wrapped.model_options["transformer_options"]["optimized_attention_override"] = (
         lambda func, *args, **kwargs: ours(func, *args, **kwargs)
     )
-    refusing = FakeKernel("no", refuse="never")
-    model = patched(refusing, model=wrapped)
+    # Without a kernel nothing is timed, so with autotune one is there and is no faster.
+    own = FakeKernel("two") if autotune else FakeKernel("no", refuse="never")
+    model = patched(own, model=wrapped, autotune=autotune)
     sample(model, NOISE, steps=2)
     assert sum(report(model)["calls"].values()) == 8
+    assert not any("while it was timed" in sentence for sentence in report(model)["reasons"])
 
 
 def test_model_without_the_hook_is_named():

@@ -4,8 +4,10 @@
 key of the file is used or named in an error; every layer of a block is found or named.
 """
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ import torch
 from .dialects import Checkpoint
 from .errors import CheckpointError
 from .families import Block, Family, Grid, Layer, Piece
+from .header import Header
 from .segments import SegmentReader, WithBias
 from .weight import QuantWeight, Segment, rows_of, stack_columns, stack_rows, whole
 
@@ -27,12 +30,27 @@ def assemble(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[Assembled]:
     """
     from safetensors import SafetensorError, safe_open
 
-    path = checkpoint.header.path
+    header = checkpoint.header
     try:
-        with safe_open(str(path), framework="pt") as file:
-            yield from _Assembler(checkpoint, file, dtype).run()
+        with contextlib.ExitStack() as opened:
+            files = {
+                path: opened.enter_context(safe_open(str(path), framework="pt"))
+                for path in header.paths
+            }
+            yield from _Assembler(checkpoint, _Files(header, files), dtype).run()
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path.name} cannot be read ({error}): download it again") from error
+        names = " or ".join(path.name for path in header.paths)
+        raise CheckpointError(f"{names} cannot be read ({error}): download it again") from error
+
+
+class _Files:
+    """The open files of a model as one."""
+
+    def __init__(self, header: Header, files: dict[Path, Any]):
+        self.header, self.files = header, files
+
+    def get_tensor(self, key: str) -> torch.Tensor:
+        return self.files[self.header.path_of(key)].get_tensor(key)
 
 
 class _Assembler:

@@ -119,11 +119,6 @@ def _not_svdquant(header: Header, endings: set[str], keys: dict[str, str]) -> st
         )
     if any("lora" in name for name in keys):
         return f"{file} is a LoRA, not a model. Use a LoRA loader behind the model loader."
-    if "unquantized_layers" in file:
-        return (
-            f"{file} is half of a legacy nunchaku folder. Merge the folder into one file with "
-            "'python -m nunchaku.merge_safetensors', or download the single-file version."
-        )
     return (
         f"{file} is not an SVDQuant checkpoint (no *.qweight, no svdquant comfy_quant). "
         "Use Load Diffusion Model."
@@ -143,7 +138,6 @@ def _family(
         if dialect == KITCHEN and family.matches_native(names):
             return family, True
         if family.matches({family.canonical(name) for name in names}):
-            _refuse_half_files(header, family, names)
             return family, False
     shown = ", ".join(sorted(layers)[:3])
     raise CheckpointError(
@@ -157,16 +151,6 @@ def _is_sana(header: Header, names: set[str]) -> bool:
         "transformer_blocks.0.mlp_conv.inverted_conv" in names
         or "caption_projection.linear_1" in names
     )
-
-
-def _refuse_half_files(header: Header, family: Family, names: set[str]) -> None:
-    outside = [n for n in names if not any(n.startswith(b.source + ".") for b in family.blocks)]
-    if not outside:
-        raise CheckpointError(
-            f"{header.path.name} holds only the blocks of a legacy nunchaku folder. Merge the "
-            "folder into one file with 'python -m nunchaku.merge_safetensors', or download the "
-            "single-file version."
-        )
 
 
 # ---- layers ----

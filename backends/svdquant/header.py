@@ -49,12 +49,26 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Header:
-    """The tensors of a file by name, its metadata (text to text), its size in bytes."""
+    """The tensors of a file by name, its metadata (text to text), its size in bytes.
+
+    A model in two files (halves.py) is one Header: path is the file that was asked for, elsewhere
+    the file of each tensor that is in the other one, size the bytes of both.
+    """
 
     path: Path
     tensors: dict[str, TensorEntry]
     metadata: dict[str, str]
     size: int = field(default=0)
+    elsewhere: dict[str, Path] = field(default_factory=dict, repr=False)
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """Every file of the model, the one that was asked for first."""
+        return (self.path, *dict.fromkeys(self.elsewhere.values()))
+
+    def path_of(self, name: str) -> Path:
+        """The file that holds a tensor; its entry's bytes count from that file's start."""
+        return self.elsewhere.get(name, self.path)
 
     def read_bytes(self, name: str, limit: int = 65536) -> bytes:
         """The raw bytes of a small tensor. Raises CheckpointError over `limit` bytes."""
@@ -64,7 +78,7 @@ class Header:
                 f"{self.path.name}: {name} has {entry.num_bytes} bytes where at most {limit} "
                 "make sense. The file is damaged: download it again."
             )
-        with self.path.open("rb") as file:
+        with self.path_of(name).open("rb") as file:
             file.seek(entry.start)
             return file.read(entry.num_bytes)
 
@@ -78,14 +92,14 @@ class Header:
 
 
 def read_header(path: str | Path) -> Header:
-    """The checked header of a safetensors file.
+    """The checked header of one safetensors file.
 
     Raises CheckpointError, naming the file, for anything a safetensors file must not be: missing,
     a folder, truncated, oversized header, bad JSON, duplicate names, wrong sizes, gaps, overlaps.
     """
     path = Path(path)
     if path.is_dir():
-        raise CheckpointError(_folder_sentence(path))
+        raise CheckpointError(f"{path.name} is a folder: choose a .safetensors file.")
     if not path.is_file():
         raise CheckpointError(f"{path.name} does not exist. Refresh the model list.")
     size = path.stat().st_size
@@ -97,15 +111,6 @@ def read_header(path: str | Path) -> Header:
     tensors = {name: _entry(path, name, value, 8 + length) for name, value in fields.items()}
     _check_coverage(path, tensors, 8 + length, size)
     return Header(path, tensors, metadata, size)
-
-
-def _folder_sentence(path: Path) -> str:
-    if (path / "transformer_blocks.safetensors").is_file():
-        return (
-            f"{path.name} is a legacy nunchaku folder. Merge it into one file with "
-            "'python -m nunchaku.merge_safetensors', or download the single-file version."
-        )
-    return f"{path.name} is a folder: choose a .safetensors file."
 
 
 def _header_length(path: Path, prefix: bytes, size: int) -> int:

@@ -15,7 +15,7 @@ from .config import SVDQuantConfig
 from .dialects import Checkpoint, detect
 from .engine import Engine, request_of
 from .errors import CheckpointError
-from .header import read_header
+from .halves import read_model_header
 from .host_operations import operations
 from .host_patcher import quantised_layers, with_patcher
 from .layout import wrap
@@ -40,7 +40,7 @@ def load_svdquant(
     import comfy.sd
 
     settings = SVDQuantConfig.from_json(config or {})
-    checkpoint = detect(read_header(path))
+    checkpoint = detect(read_model_header(path))
     check_widgets(checkpoint, settings)
     device = comfy.model_management.get_torch_device()
     dtype = pick_dtype(checkpoint, settings, device)

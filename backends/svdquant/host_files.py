@@ -8,7 +8,7 @@ from .config import ConvertConfig
 from .convert import convert
 from .dialects import detect
 from .errors import CheckpointError
-from .header import read_header
+from .halves import read_model_header
 from .inspection import inspect_text
 from .statistics import load_statistics
 
@@ -50,7 +50,7 @@ def inspect_model(name: str) -> str:
     """What a model file is, and which backends can run it here."""
     import comfy.model_management
 
-    checkpoint = detect(read_header(model_path(name)))
+    checkpoint = detect(read_model_header(model_path(name)))
     return inspect_text(checkpoint, comfy.model_management.get_torch_device())
 
 

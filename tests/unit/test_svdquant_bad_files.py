@@ -138,17 +138,12 @@ def test_other_kinds_of_files(good, tmp_path):
         ("dense.safetensors", dense, r"is not an SVDQuant checkpoint \(no \*.qweight"),
         ("sana.safetensors", sana, "is a SANA model, which ComfyUI has no class for"),
         ("ernie.safetensors", unknown, "unknown family .first layers: layers.0.self_attention"),
-        ("unquantized_layers.safetensors", dense, "half of a legacy nunchaku folder"),
     ]
     for name, tensors, sentence in cases:
         save_file({k: v.clone() for k, v in tensors.items()}, tmp_path / name)
         with pytest.raises(CheckpointError, match=sentence):
             read(tmp_path / name)
-    blocks = only(lambda n: "transformer_blocks" in n)
-    path = changed(good, tmp_path, blocks, "transformer_blocks.safetensors")
-    with pytest.raises(CheckpointError, match="only the blocks of a legacy nunchaku folder"):
-        read(path)
-    with pytest.raises(CheckpointError, match=r"legacy nunchaku folder\. Merge it"):
+    with pytest.raises(CheckpointError, match="is a folder: choose a .safetensors file"):
         read(tmp_path)
     with pytest.raises(CheckpointError, match="does not exist"):
         read(tmp_path / "nothing.safetensors")

@@ -5,6 +5,7 @@ key of the file is used or named in an error; every layer of a block is found or
 """
 
 import contextlib
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -82,6 +83,10 @@ class _Assembler:
                 yield f"{name}.bias", bias
         for name in self.checkpoint.dense:
             yield name, self.tensor(name)
+        for name, settings in self.checkpoint.core_layers.items():
+            if f"{name}.comfy_quant" not in self.checkpoint.dense:  # stated in the metadata
+                text = json.dumps(settings).encode()
+                yield f"{name}.comfy_quant", torch.tensor(list(text), dtype=torch.uint8)
 
     def diffusers(self, family: Family) -> Iterator[Assembled]:
         for block in family.blocks:

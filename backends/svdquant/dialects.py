@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import CheckpointError
-from .families import FAMILIES, SUPPORTED, Family
+from .families import CORE, FAMILIES, SUPPORTED, Family
 from .file_layers import (
     AWQ_SUFFIXES,
     KITCHEN,
@@ -31,18 +31,27 @@ DIALECTS = {
     KITCHEN: "comfy-kitchen",
 }
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.")
+_CORE_PREFIXES = (*PREFIXES, "model.model.", "net.", "model.")  # what ComfyUI strips as well
+OWN_FORMATS = ("svdquant_w4a4", "awq_w4a16")  # comfy_quant formats that are read here
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A file that can be read: dense maps a tensor's name without prefix to its key."""
+    """A file that can be read: dense maps a tensor's name without prefix to its key.
+
+    family: CORE where only ComfyUI's own detection can say what the model is; native: names are
+    ComfyUI's own; core_layers: layers in other formats of comfy_quant, which ComfyUI computes, and
+    their settings; num_others: tensors of a whole checkpoint that are not the diffusion model's.
+    """
 
     header: Header
     dialect: str
     family: Family
-    native: bool  # names are ComfyUI's own
+    native: bool
     layers: dict[str, FileLayer]
     dense: dict[str, str] = field(repr=False)
+    core_layers: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)
+    num_others: int = 0
 
     @property
     def precision(self) -> str:
@@ -70,29 +79,61 @@ class Checkpoint:
 def detect(header: Header) -> Checkpoint:
     """What `header` describes. Raises CheckpointError if the loader cannot use it."""
     keys = _without_prefix(header)
-    dialect = _dialect(header, keys)
-    layers = _kitchen(header, keys) if dialect == KITCHEN else _nunchaku(header, keys, dialect)
+    settings = _layer_settings(header, keys)
+    dialect = _dialect(header, keys, settings)
+    if dialect == KITCHEN:
+        layers = _kitchen(header, keys, settings)
+    else:
+        layers = _nunchaku(header, keys, dialect)
     parts = {key for found in layers.values() for key in found.parts.values()}
     dense = {name: key for name, key in keys.items() if key not in parts}
     family, native = _family(header, dialect, layers, dense)
     if not native:
         layers = {family.canonical(n): found for n, found in layers.items()}
         dense = {family.canonical(n): key for n, key in dense.items()}
+    core_layers = {} if dialect != KITCHEN else {n: s for n, s in settings.items() if _is_core(s)}
     return Checkpoint(
-        header=header, dialect=dialect, family=family, native=native, layers=layers, dense=dense
+        header=header,
+        dialect=dialect,
+        family=family,
+        native=native,
+        layers=layers,
+        dense=dense,
+        core_layers=core_layers,
+        num_others=len(header.tensors) - len(keys),
     )
 
 
 def _without_prefix(header: Header) -> dict[str, str]:
-    """Tensor name without a checkpoint's prefix -> key."""
+    """Tensor name without a checkpoint's prefix -> key; of a whole checkpoint its model's alone."""
     names = list(header.tensors)
-    for prefix in PREFIXES:
+    for prefix in _CORE_PREFIXES:
         if names and all(name.startswith(prefix) for name in names):
             return {name.removeprefix(prefix): name for name in names}
-    return {name: name for name in names}
+    inside = [name for name in names if name.startswith(PREFIXES[0])]
+    return {name.removeprefix(PREFIXES[0]): name for name in inside or names}
 
 
-def _dialect(header: Header, keys: dict[str, str]) -> str:
+def _layer_settings(header: Header, keys: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """Layer name -> its comfy_quant settings, from its tensor or from the file's metadata."""
+    stated = header.json("_quantization_metadata").get("layers")
+    found = {}
+    for name, value in (stated if isinstance(stated, dict) else {}).items():
+        short = next((name.removeprefix(p) for p in PREFIXES if name.startswith(p)), name)
+        if isinstance(value, dict) and f"{short}.weight" in keys:
+            found[short] = value
+    for name, key in keys.items():
+        owner, _, suffix = name.rpartition(".")
+        if suffix == "comfy_quant":
+            found[owner] = _options(header, key)
+    return found
+
+
+def _is_core(settings: dict[str, Any]) -> bool:
+    return isinstance(settings.get("format"), str) and settings["format"] not in OWN_FORMATS
+
+
+def _dialect(header: Header, keys: dict[str, str], settings: dict[str, dict[str, Any]]) -> str:
     endings = {name.rpartition(".")[2] for name in keys}
     if "qweight" in endings:
         if "lora_down" in endings or "smooth" in endings:
@@ -100,17 +141,21 @@ def _dialect(header: Header, keys: dict[str, str]) -> str:
         if header.json("quantization_config").get("quant_method") == "nunchaku_lite":
             return LITE
         return N2 if "smooth_factor_orig" in endings else LITE
-    if "weight_proj_down" in endings or any(
-        _options(header, key).get("format") == "svdquant_w4a4"
-        for name, key in keys.items()
-        if name.endswith(".comfy_quant")
-    ):
+    formats = {str(one.get("format")) for one in settings.values()}
+    if "weight_proj_down" in endings or "svdquant_w4a4" in formats:
         return KITCHEN
-    raise CheckpointError(_not_svdquant(header, endings, keys))
+    raise CheckpointError(_not_svdquant(header, endings, keys, formats))
 
 
-def _not_svdquant(header: Header, endings: set[str], keys: dict[str, str]) -> str:
+def _not_svdquant(
+    header: Header, endings: set[str], keys: dict[str, str], formats: set[str]
+) -> str:
     file = header.path.name
+    if formats:
+        return (
+            f"{file} is quantised as {', '.join(sorted(formats))}, not SVDQuant. Use Load Diffusion "
+            "Model; if the file comes with a low-rank branch, the nodes that it was made with."
+        )
     blocks = any("transformer_blocks." in name for name in keys)
     if blocks and endings & {"lora_down", "lora_up"}:
         return (
@@ -139,6 +184,8 @@ def _family(
             return family, True
         if family.matches({family.canonical(name) for name in names}):
             return family, False
+    if dialect in (KITCHEN, LITE):  # every layer says of itself how it is read
+        return CORE, True
     shown = ", ".join(sorted(layers)[:3])
     raise CheckpointError(
         f"{file} is an SVDQuant model of an unknown family (first layers: {shown}). "
@@ -169,16 +216,21 @@ def _nunchaku(header: Header, keys: dict[str, str], dialect: str) -> dict[str, F
     return layers
 
 
-def _kitchen(header: Header, keys: dict[str, str]) -> dict[str, FileLayer]:
+def _kitchen(
+    header: Header, keys: dict[str, str], settings: dict[str, dict[str, Any]]
+) -> dict[str, FileLayer]:
     named = {}
     for name, key in keys.items():
         owner, _, suffix = name.rpartition(".")
         named[f"{owner}.{KITCHEN_ALIASES.get(suffix, suffix)}"] = key
     suffixes = SUFFIXES[KITCHEN]
     layers = {}
-    for name in {n.rpartition(".")[0] for n in named if n.endswith(".weight_scale")}:
+    owners = {n.rpartition(".")[0] for n in named if n.endswith(".weight_scale")}
+    for name in owners | {n for n, one in settings.items() if not _is_core(one)}:
+        options = settings.get(name, {})
+        if _is_core(options):
+            continue
         parts = {p: named[f"{name}.{s}"] for p, s in suffixes.items() if f"{name}.{s}" in named}
-        options = _options(header, parts["options"]) if "options" in parts else {}
         layers[name] = LayerReader(header, name, parts, suffixes).kitchen(options)
     return layers
 

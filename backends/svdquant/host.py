@@ -4,6 +4,7 @@ With host_operations, host_patcher and host_files the only part of SVDQuant that
 Imports happen when called.
 """
 
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +16,10 @@ from .config import SVDQuantConfig
 from .dialects import Checkpoint, detect
 from .engine import Engine, request_of
 from .errors import CheckpointError
+from .families import CORE
 from .halves import read_model_header
-from .host_operations import operations
+from .host_detection import detected_config, model_title
+from .host_operations import mixed_operations, operations
 from .host_patcher import quantised_layers, with_patcher
 from .layout import wrap
 from .measure import measured_order
@@ -24,6 +27,7 @@ from .segments import FILE_DTYPES
 from .technique import Loaded, SVDQuantTechnique
 from .weight import QuantWeight
 
+log = logging.getLogger("slipstream")
 RELOADABLE = ("load_svdquant",)  # what a worker process may call
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -42,13 +46,19 @@ def load_svdquant(
     settings = SVDQuantConfig.from_json(config or {})
     checkpoint = detect(read_model_header(path))
     check_widgets(checkpoint, settings)
+    if checkpoint.family is CORE or checkpoint.core_layers:
+        detected_config(checkpoint)  # refuses before anything is read
     device = comfy.model_management.get_torch_device()
     dtype = pick_dtype(checkpoint, settings, device)
     engine = Engine(settings.backend)
     model = read_model(checkpoint, engine, dtype, device)
     patcher = comfy.sd.load_diffusion_model_state_dict(
         dict(model.state),
-        model_options={"custom_operations": operations(engine), "dtype": dtype},
+        model_options={
+            "custom_operations": operations(engine, mixed_operations(checkpoint, dtype, device)),
+            "dtype": dtype,
+        },
+        metadata=checkpoint.header.metadata if checkpoint.native else None,
         disable_dynamic=disable_dynamic,
     )
     if patcher is None:
@@ -96,7 +106,8 @@ def read_model(
 
 def finish(patcher: Any, checkpoint: Checkpoint, engine: Engine, model: ReadModel) -> None:
     """Checks that the network took every tensor; gives it our patcher class and the report."""
-    check_names(checkpoint, patcher.model.diffusion_model, set(model.state))
+    loaded = patcher.model.model_config.process_unet_state_dict(dict(model.state))
+    check_names(checkpoint, patcher.model.diffusion_model, set(loaded))
     with_patcher(patcher)
     run.attach(patcher, technique_of(checkpoint, patcher, engine, model.weight_bytes))
 
@@ -108,9 +119,13 @@ def technique_of(
     layers = quantised_layers(patcher.model)
     for name, module in layers.items():
         module.layer_name = name.removeprefix("diffusion_model.")
+    title, family = checkpoint.family.title, checkpoint.family.id
+    if checkpoint.family is CORE:
+        config = patcher.model.model_config
+        title, family = model_title(patcher.model.diffusion_model, config), type(config).__name__
     loaded = Loaded(
-        title=checkpoint.family.title,
-        family=checkpoint.family.id,
+        title=title,
+        family=family,
         dialect=checkpoint.dialect,
         weight_bytes=weight_bytes,
         keys=tuple(f"{name}.weight" for name in layers),
@@ -156,7 +171,9 @@ def pick_dtype(checkpoint: Checkpoint, config: SVDQuantConfig, device: torch.dev
 def check_names(checkpoint: Checkpoint, network: torch.nn.Module, given: set[str]) -> None:
     """Every tensor of the network came from the file, and the other way round.
 
-    Core only logs either; the image would be noise.
+    given: names as ComfyUI's model class has renamed them. Core only logs either; the image would
+    be noise. In a family that only core knows, buffers that core fills itself may be missing and
+    16-bit tensors that core's own loader passes over may be left: that is logged.
     """
     wanted = set(network.state_dict())
     for name, module in network.named_modules():
@@ -165,15 +182,39 @@ def check_names(checkpoint: Checkpoint, network: torch.nn.Module, given: set[str
             wanted |= {f"{name}.bias"} if module.has_bias else set()
     parts = {f"{n}.weight_" for n, m in network.named_modules() if getattr(m, "quantised", False)}
     wanted = {n for n in wanted if not any(n.startswith(part) for part in parts)}
+    wanted, given = (_without_scales(checkpoint, names) for names in (wanted, given))
+    missing, extra = wanted - given, given - wanted
+    if checkpoint.family is CORE:
+        quantised = {f"{name}.weight" for name in (*checkpoint.layers, *checkpoint.core_layers)}
+        passed = (missing & {n for n, _ in network.named_buffers()}) | (extra - quantised)
+        missing, extra = missing - passed, extra - passed
+        if passed:
+            log.warning(
+                "%s: %d tensors are not in both the file and ComfyUI's model, as with Load "
+                "Diffusion Model: %s",
+                checkpoint.header.path.name,
+                len(passed),
+                ", ".join(sorted(passed)[:5]),
+            )
     file, family = checkpoint.header.path.name, checkpoint.family.title
-    missing, extra = sorted(wanted - given), sorted(given - wanted)
     if missing:
         raise CheckpointError(
-            f"{file} lacks {len(missing)} tensors of {family} ({', '.join(missing[:3])}): "
+            f"{file} lacks {len(missing)} tensors of {family} ({', '.join(sorted(missing)[:3])}): "
             "it is truncated or a variant that is not supported"
         )
     if extra:
         raise CheckpointError(
             f"{file} has {len(extra)} tensors that ComfyUI's {family} does not have "
-            f"({', '.join(extra[:3])}): it is a variant that is not supported"
+            f"({', '.join(sorted(extra)[:3])}): it is a variant that is not supported"
         )
+
+
+def _without_scales(checkpoint: Checkpoint, names: set[str]) -> set[str]:
+    """`names` without what ComfyUI reads beside the weight of its own quantised layers."""
+    owners = tuple(checkpoint.core_layers)
+    kept = {f"{owner}.{kind}" for owner in owners for kind in ("weight", "bias")}
+    return {
+        n
+        for n in names
+        if n in kept or not any(n == o or n.startswith(f"{o}.") for o in owners)
+    }

@@ -9,6 +9,7 @@ from .convert import convert
 from .dialects import detect
 from .errors import CheckpointError
 from .halves import read_model_header
+from .host_detection import title_of
 from .inspection import inspect_text
 from .statistics import load_statistics
 
@@ -51,7 +52,8 @@ def inspect_model(name: str) -> str:
     import comfy.model_management
 
     checkpoint = detect(read_model_header(model_path(name)))
-    return inspect_text(checkpoint, comfy.model_management.get_torch_device())
+    device = comfy.model_management.get_torch_device()
+    return inspect_text(checkpoint, device, title_of(checkpoint))
 
 
 def convert_model(

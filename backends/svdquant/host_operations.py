@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .dialects import Checkpoint
 from .engine import Engine
 from .layout import FROZEN, FrozenWeightError, is_quantised, unwrap
 from .linear import linear
@@ -16,12 +17,34 @@ from .terms import Terms
 from .weight import QuantWeight, Segment
 
 
-def operations(engine: Engine) -> type:
-    """ComfyUI's manual_cast operations with a Linear that takes quantised weights."""
+def mixed_operations(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Any:
+    """ComfyUI's operations for the layers that it computes in other formats; None without any."""
+    import comfy.model_management as memory
     import comfy.ops
 
-    class Linear(comfy.ops.manual_cast.Linear):  # type: ignore[misc]
-        """Dense weights as manual_cast has them; quantised ones through `linear`.
+    if not checkpoint.core_layers:
+        return None
+    able = {
+        "nvfp4": memory.supports_nvfp4_compute(device),
+        "mxfp8": memory.supports_mxfp8_compute(device),
+        "float8_e4m3fn": memory.supports_fp8_compute(device),
+        "float8_e5m2": memory.supports_fp8_compute(device),
+    }
+    emulated = {name for name, supported in able.items() if not supported}
+    return comfy.ops.mixed_precision_ops({"mixed_ops": True}, dtype, disabled=emulated)
+
+
+def operations(engine: Engine, mixed: Any = None) -> type:
+    """ComfyUI's operations with a Linear that takes quantised weights.
+
+    mixed: operations for weights in ComfyUI's own formats; without it dense ones as manual_cast.
+    """
+    import comfy.ops
+
+    base = mixed or comfy.ops.manual_cast
+
+    class Linear(base.Linear):  # type: ignore[misc,name-defined]
+        """Dense weights as `base` has them; quantised ones through `linear`.
 
         lora_patches: what a full load would have merged; hook_patches: of the current LoRA hooks.
         """
@@ -34,10 +57,14 @@ def operations(engine: Engine) -> type:
             device: Any = None,
             dtype: Any = None,
         ) -> None:
-            torch.nn.Module.__init__(self)
-            self.in_features, self.out_features = in_features, out_features
-            self.register_parameter("weight", None)
-            self.register_parameter("bias", None)
+            if mixed is None:
+                torch.nn.Module.__init__(self)
+                self.in_features, self.out_features = in_features, out_features
+                self.register_parameter("weight", None)
+                self.register_parameter("bias", None)
+            else:
+                super().__init__(in_features, out_features, bias, device, dtype)
+                self.register_parameter("weight", None)
             self.has_bias, self.layer_name = bias, ""
             self.weight_comfy_model_dtype = self.bias_comfy_model_dtype = dtype
             self.weight_function: list[Any] = []
@@ -63,6 +90,9 @@ def operations(engine: Engine) -> type:
         def _load_from_state_dict(
             self, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *rest: Any
         ) -> None:
+            if mixed is not None and not is_quantised(state.get(f"{prefix}weight")):
+                super()._load_from_state_dict(state, prefix, metadata, *rest)
+                return
             for name in ("weight", "bias"):
                 value = state.get(prefix + name)
                 if value is None:
@@ -86,6 +116,11 @@ def operations(engine: Engine) -> type:
             destination.update({k: v for k, v in parts.items() if k != f"{prefix}weight"})
             if self.bias is not None:
                 destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
+
+        def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+            if mixed is not None and not self.quantised:
+                return super().state_dict(*args, **kwargs)
+            return torch.nn.Module.state_dict(self, *args, **kwargs)
 
         def __getattr__(self, name: str) -> Any:
             # core reads each key of the state dict back as an attribute (get_key_patches)
@@ -111,7 +146,7 @@ def operations(engine: Engine) -> type:
             comfy.ops.run_every_op()
             return _forward(self, engine, *args, **kwargs)
 
-    return type("SVDQuantOperations", (comfy.ops.manual_cast,), {"Linear": Linear})
+    return type("SVDQuantOperations", (base,), {"Linear": Linear})
 
 
 def _frozen(*args: Any, **kwargs: Any) -> Any:

@@ -19,8 +19,11 @@ from .weight import Facts
 _NAME = re.compile(r"svdq-(int4|fp4)_r(\d+)-")
 
 
-def inspect_text(checkpoint: Checkpoint, device: torch.device) -> str:
-    """A few lines: dialect, family, precision, ranks, layers, sizes, doubts, backends."""
+def inspect_text(checkpoint: Checkpoint, device: torch.device, title: str = "") -> str:
+    """A few lines: dialect, family, precision, ranks, layers, sizes, doubts, backends.
+
+    title: what the model is, if the family does not say it.
+    """
     layers = checkpoint.layers.values()
     entries = checkpoint.header.tensors
     quantised = sum(entries[key].num_bytes for f in layers for key in f.parts.values())
@@ -29,17 +32,33 @@ def inspect_text(checkpoint: Checkpoint, device: torch.device) -> str:
     ranks = ", ".join(map(str, checkpoint.ranks))
     shown = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
     lines = [
-        f"{checkpoint.header.path.name}: {size_text(total)}",
-        f"Family: {checkpoint.family.title}. Dialect: {DIALECTS[checkpoint.dialect]}.",
+        f"{' + '.join(p.name for p in checkpoint.header.paths)}: {size_text(total)}",
+        f"Family: {title or checkpoint.family.title}. Dialect: {DIALECTS[checkpoint.dialect]}.",
         f"Precision: {checkpoint.precision}, rank {ranks}, 16-bit parts {checkpoint.dtype}.",
         f"Quantised layers: {len(layers)} ({shown}), {size_text(quantised)}; "
         f"other tensors: {len(checkpoint.dense)}.",
+        *other_parts(checkpoint),
         *doubts(checkpoint),
         f"Backends on {_device_name(device)}:",
         *(f"  {kernel.id}: {verdict(kernel, checkpoint, device)}" for kernel in KERNELS),
         f"  auto picks {picked(checkpoint, device)}.",
     ]
     return "\n".join(lines)
+
+
+def other_parts(checkpoint: Checkpoint) -> list[str]:
+    """What the file holds besides, and who reads it."""
+    found = []
+    formats = Counter(settings["format"] for settings in checkpoint.core_layers.values())
+    if formats:
+        shown = ", ".join(f"{count} {kind}" for kind, count in sorted(formats.items()))
+        found.append(f"Layers that ComfyUI computes itself: {shown}.")
+    if checkpoint.num_others:
+        found.append(
+            f"Not read: {checkpoint.num_others} tensors outside the diffusion model (VAE, text "
+            "encoders). Load them with their own loaders."
+        )
+    return found
 
 
 def doubts(checkpoint: Checkpoint) -> list[str]:

@@ -30,7 +30,9 @@ class SegmentReader:
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor that is not quantised, by its name without prefix."""
         tensor = self.file.get_tensor(self.checkpoint.dense[name])
-        if not tensor.is_floating_point():
+        owner, _, kind = name.rpartition(".")
+        of_core = kind != "bias" and owner in self.checkpoint.core_layers
+        if of_core or not tensor.is_floating_point():
             return tensor
         if not _finite(tensor):
             raise self.bad(name, "contains NaN or infinite values")

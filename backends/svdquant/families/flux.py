@@ -155,7 +155,7 @@ FLUX = Family(
         ("transformer_blocks.0.ff_context.net.2", "single_transformer_blocks.0.mlp_fc2"),
         ("transformer_blocks.0.ff_context.net.2", "single_transformer_blocks.0.proj_out"),
     ),
-    native=("double_blocks.0.img_attn.qkv", "single_blocks.0.linear1"),
+    native=("double_blocks.0.img_mod.lin", "single_blocks.0.linear1", "txt_in"),
     blocks=(DOUBLE, SINGLE),
     rest=(
         ("x_embedder", "img_in"),

@@ -32,15 +32,18 @@ def network(one, heads):
     return tiny.in_memory(tiny._config_class(one), one.unet(heads), shorten=one.shorten)
 
 
-def write(path, patcher, *, metadata=None, prefix="", others=None, every=1):
+def write(path, patcher, *, metadata=None, prefix="", others=None):
     """Writes the file; returns (dense state, names of the layers that became 4-bit).
 
-    every: only each so-manieth layer; others(name, weight) -> tensors of a layer in a format of
-    ComfyUI's own, or None.
+    Of each kind of layer (the end of its name) the first one becomes 4-bit: in turn tile-packed
+    and in the natural layout. others(name, weight) -> (tensors, effective weight) of a layer in a
+    format of ComfyUI's own, or None.
     """
     writer = Writer("comfy-kitchen")
     state = patcher.model.diffusion_model.state_dict()
-    blocks = {n for n, m in patcher.model.diffusion_model.named_modules() if _is_linear(n, m)}
+    wide = [n for n, m in patcher.model.diffusion_model.named_modules() if _is_linear(n, m)]
+    kinds = {name.rpartition(".")[2]: name for name in reversed(wide)}
+    blocks = {*kinds.values(), *(n for n in wide if n.endswith(MODULATION))}
     dense, quantised = {}, []
     for name, tensor in state.items():
         owner, _, kind = name.rpartition(".")
@@ -75,8 +78,12 @@ def _layer(writer, name, weight, bias, others):
         if bias is not None:
             writer.tensors[f"{name}.bias"] = bias.to(torch.bfloat16)
         return {"weight": effective, "bias": None if bias is None else bias.bfloat16().float()}
-    if name.endswith(MODULATION) and bias is not None:
-        effective, bias = writer.modulation(name, weight, bias.float(), 1)
+    if name.endswith(MODULATION):
+        given = torch.zeros(len(weight)) if bias is None else bias.float()
+        effective, stored = writer.modulation(name, weight, given, 1)
+        if bias is None:
+            del writer.tensors[f"{name}.bias"]
+        bias = None if bias is None else stored
     else:
         bias = None if bias is None else bias.float()
         effective, bias = writer.svdquant(name, weight, bias)

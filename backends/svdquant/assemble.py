@@ -15,6 +15,7 @@ import torch
 
 from .dialects import Checkpoint
 from .errors import CheckpointError
+from .file_layers import LITE
 from .families import Block, Family, Grid, Layer, Piece
 from .header import Header
 from .segments import SegmentReader, WithBias
@@ -92,6 +93,10 @@ class _Assembler:
         for block in family.blocks:
             for index in range(self.num_blocks(block)):
                 yield from self.block(block, index)
+        if self.checkpoint.dialect == LITE:  # the only one with quantised layers outside blocks
+            yield from self.outside(family)
+        for name, values in family.constants:
+            yield name, torch.tensor(values)
         for name in self.checkpoint.dense:
             target = None if name in self.used else _renamed(name, family)
             if target is not None:
@@ -99,6 +104,16 @@ class _Assembler:
                 if target.rpartition(".")[0] in family.swapped:
                     tensor = torch.cat(tensor.chunk(2)[::-1])
                 yield target, tensor
+
+    def outside(self, family: Family) -> Iterator[Assembled]:
+        """Quantised layers outside the blocks, in plain order."""
+        for name in self.checkpoint.layers:
+            target = None if name in self.used else _renamed(name, family)
+            if target is not None and target not in family.swapped:
+                segment, bias = self.layer(Piece(name=name), 0)
+                yield f"{target}.weight", whole(segment)
+                if bias is not None:
+                    yield f"{target}.bias", bias
 
     def num_blocks(self, block: Block) -> int:
         names = (*self.checkpoint.layers, *self.checkpoint.dense)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import CheckpointError
-from .families import CORE, FAMILIES, SUPPORTED, Family
+from .families import CORE, FAMILIES, READ_ONLY, READABLE, Family
 from .file_layers import (
     AWQ_SUFFIXES,
     KITCHEN,
@@ -32,6 +32,7 @@ DIALECTS = {
 }
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.")
 _CORE_PREFIXES = (*PREFIXES, "model.model.", "net.", "model.")  # what ComfyUI strips as well
+_LTX2_IN_DIFFUSERS = "av_cross_attn_video_scale_shift.linear"
 OWN_FORMATS = ("svdquant_w4a4", "awq_w4a16")  # comfy_quant formats that are read here
 
 
@@ -88,6 +89,12 @@ def detect(header: Header) -> Checkpoint:
     parts = {key for found in layers.values() for key in found.parts.values()}
     dense = {name: key for name, key in keys.items() if key not in parts}
     family, native = _family(header, dialect, layers, dense)
+    if family.doubtful in keys and dialect in (N1, N2) and _has_int4(layers):
+        raise CheckpointError(
+            f"{header.path.name} is an int4 {family.title} file of an exporter that does not say "
+            "whether the second feed-forward layers read shifted inputs: the image might be noise. "
+            "Its nvfp4 version can be loaded."
+        )
     if not native:
         layers = {family.canonical(n): found for n, found in layers.items()}
         dense = {family.canonical(n): key for n, key in dense.items()}
@@ -175,13 +182,19 @@ def _family(
 ) -> tuple[Family, bool]:
     file = header.path.name
     names = {*layers, *(name.removesuffix(".weight") for name in dense)}
-    if _is_sana(header, names):
+    if dialect in (N1, N2) and _is_sana(header, names):
         raise CheckpointError(
-            f"{file} is a SANA model, which ComfyUI has no class for. Supported: {SUPPORTED}."
+            f"{file} is a SANA model, which ComfyUI has no class for. Supported: {READABLE}."
+        )
+    if _LTX2_IN_DIFFUSERS in names:
+        raise CheckpointError(
+            f"{file} is LTX-2 in diffusers' names, without the text connectors: ComfyUI's model "
+            "holds them, diffusers keeps them in another file. Use a file in ComfyUI's own names."
         )
     for family in FAMILIES:
         if dialect == KITCHEN and family.matches_native(names):
             return family, True
+    for family in (*READ_ONLY, *FAMILIES):
         if family.matches({family.canonical(name) for name in names}):
             return family, False
     if dialect in (KITCHEN, LITE):  # every layer says of itself how it is read
@@ -189,8 +202,12 @@ def _family(
     shown = ", ".join(sorted(layers)[:3])
     raise CheckpointError(
         f"{file} is an SVDQuant model of an unknown family (first layers: {shown}). "
-        f"Supported: {SUPPORTED}."
+        f"Supported: {READABLE}."
     )
+
+
+def _has_int4(layers: dict[str, FileLayer]) -> bool:
+    return any(layer.precision == "int4" for layer in layers.values())
 
 
 def _is_sana(header: Header, names: set[str]) -> bool:

@@ -12,7 +12,7 @@ import torch
 from .. import architectures
 from .dialects import Checkpoint
 from .errors import CheckpointError
-from .families import CORE, SUPPORTED
+from .families import CORE, READABLE
 
 log = logging.getLogger("slipstream")
 _DTYPES = {
@@ -52,7 +52,7 @@ def detected_config(checkpoint: Checkpoint) -> Any:
         raise CheckpointError(
             f"{file} is an SVDQuant file of a model that this ComfyUI does not know (first layers: "
             f"{shown}). Update ComfyUI. In other names than ComfyUI's own, these are read: "
-            f"{SUPPORTED}."
+            f"{READABLE}."
         )
     return found
 

@@ -4,14 +4,19 @@ CORE stands for every other model whose file has ComfyUI's own names: nothing is
 the model is, ComfyUI's detection says.
 """
 
+from .chroma import CHROMA
 from .data import Block, Family, Grid, Layer, Piece
 from .flux import FLUX
+from .flux2 import FLUX2
+from .minimax_h3 import MINIMAX_H3
 from .qwen_image import QWEN_IMAGE
 from .sdxl import SDXL
 from .z_image import Z_IMAGE
 
 FAMILIES: tuple[Family, ...] = (FLUX, QWEN_IMAGE, Z_IMAGE, SDXL)
+READ_ONLY: tuple[Family, ...] = (FLUX2, CHROMA, MINIMAX_H3)
 SUPPORTED = ", ".join(family.title for family in FAMILIES)
+READABLE = ", ".join(family.title for family in (*FAMILIES, *READ_ONLY))
 CORE = Family(
     id="core",
     title="model",
@@ -21,7 +26,17 @@ CORE = Family(
     native=(),
     blocks=(),
     rest=(),
-    diffusers_config=lambda shapes: {},
 )
 
-__all__ = ["CORE", "FAMILIES", "SUPPORTED", "Block", "Family", "Grid", "Layer", "Piece"]
+__all__ = [
+    "CORE",
+    "FAMILIES",
+    "READABLE",
+    "READ_ONLY",
+    "SUPPORTED",
+    "Block",
+    "Family",
+    "Grid",
+    "Layer",
+    "Piece",
+]

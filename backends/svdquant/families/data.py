@@ -88,6 +88,9 @@ class Family:
     halves (scale, shift) are exchanged; diffusers_config: the `config` metadata from the network's
     tensor shapes; fp4_rows: nvfp4's factor is written per row (wcscales) instead of once (wtscale);
     comfy_config: the metadata of that name; quantization: more of the quantization_config.
+    constants: fp32 vectors that the network needs and no file of this family has. doubtful: a
+    tensor by which int4 files are told of which it is not known what layers are unsigned.
+    Families that are only read (READ_ONLY) have no native markers and no diffusers_config.
     """
 
     id: str
@@ -98,12 +101,14 @@ class Family:
     native: tuple[str, ...]
     blocks: tuple[Block, ...]
     rest: tuple[tuple[str, str], ...]
-    diffusers_config: Callable[[Shapes], dict[str, Any]]
+    diffusers_config: Callable[[Shapes], dict[str, Any]] = lambda shapes: {}
     aliases: tuple[tuple[str, str, str], ...] = ()
     swapped: frozenset[str] = field(default_factory=frozenset)
     fp4_rows: bool = False
     comfy_config: Callable[[Shapes], dict[str, Any]] | None = None
     quantization: dict[str, Any] = field(default_factory=dict)
+    constants: tuple[tuple[str, tuple[float, ...]], ...] = ()
+    doubtful: str = ""
 
     def canonical(self, name: str) -> str:
         """The layer or tensor name with older names inside blocks replaced."""
@@ -123,7 +128,7 @@ class Family:
     def matches_native(self, names: Collection[str]) -> bool:
         """The same for a file in ComfyUI's own names."""
         known = set(names)
-        return all(mark in known for mark in self.native)
+        return bool(self.native) and all(mark in known for mark in self.native)
 
 
 def _replaced(name: str, replacements: tuple[tuple[str, str, str], ...]) -> str:

@@ -65,7 +65,7 @@ Z_IMAGE = Family(
         ("layers.0.attention.to_qkv", "layers.0.feed_forward.net.2"),
         ("layers.0.attention.to_q", "layers.0.feed_forward.w2"),
     ),
-    native=("layers.0.attention.qkv", "layers.0.feed_forward.w2"),
+    native=("layers.0.attention.qkv", "layers.0.feed_forward.w2", "cap_pad_token"),
     blocks=tuple(
         Block(source=name, target=name, layers=_LAYERS, copies=_COPIES)
         for name in ("layers", *REFINERS)

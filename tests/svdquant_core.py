@@ -6,6 +6,7 @@ become 4-bit, modulation layers 4-bit with 16-bit inputs, the rest stays as it i
 
 import dataclasses
 import json
+import re
 
 import tiny
 import torch
@@ -42,7 +43,8 @@ def write(path, patcher, *, metadata=None, prefix="", others=None):
     writer = Writer("comfy-kitchen")
     state = patcher.model.diffusion_model.state_dict()
     wide = [n for n, m in patcher.model.diffusion_model.named_modules() if _is_linear(n, m)]
-    kinds = {name.rpartition(".")[2]: name for name in reversed(wide)}
+    inside_first = sorted(wide, key=lambda n: re.search(r"\.\d+\.", n) is None)
+    kinds = {name.rpartition(".")[2]: name for name in reversed(inside_first)}
     blocks = {*kinds.values(), *(n for n in wide if n.endswith(MODULATION))}
     dense, quantised = {}, []
     for name, tensor in state.items():

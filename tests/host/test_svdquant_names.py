@@ -11,6 +11,10 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from slipstream.backends import run as runs
+from slipstream.backends.attention.apply import apply_attention
+from slipstream.backends.attention.config import AttentionConfig
+from slipstream.backends.cache.apply import apply_cache
+from slipstream.backends.cache.config import CacheConfig
 from slipstream.backends.svdquant.dialects import detect
 from slipstream.backends.svdquant.errors import CheckpointError
 from slipstream.backends.svdquant.header import read_header
@@ -126,3 +130,216 @@ def test_int4_chroma_of_an_undocumented_exporter_is_refused(folder):
     with pytest.raises(CheckpointError, match="int4 Chroma file of an exporter .* nvfp4 version"):
         load_svdquant(str(folder / "chroma-attn-int4.safetensors"))
     assert detect(read_header(path)).precision == "nvfp4"
+
+
+# ---- what else such a file may hold ----
+def settings(**values):
+    return torch.tensor(list(json.dumps(values).encode()), dtype=torch.uint8)
+
+
+def in_comfyui_formats(name, weight):
+    """One layer in fp8 and one in int8, as ComfyUI's own loader reads them."""
+    if name.endswith("ffn.0"):
+        scale = weight.abs().max() / 448
+        stored = (weight / scale).to(torch.float8_e4m3fn)
+        kind = "float8_e4m3fn"
+    elif name.endswith("ffn.2"):
+        scale = weight.abs().max() / 127
+        stored = (weight / scale).round().to(torch.int8)
+        kind = "int8_tensorwise"
+    else:
+        return None
+    parts = {"weight": stored, "weight_scale": scale, "comfy_quant": settings(format=kind)}
+    return parts, stored.float() * scale
+
+
+@pytest.fixture(scope="module")
+def wan(folder):
+    """(path, dense state, names) of a Wan file that mixes formats."""
+    one, heads = tiny_family("wan")
+    path = folder / "wan-mixed.safetensors"
+    dense, layers = core.write(path, core.network(one, heads), others=in_comfyui_formats)
+    return path, dense, layers
+
+
+def dense_but_for_comfyuis_formats(path, dense, **changed):
+    """ComfyUI's own loader, given dense weights and the two layers as the file holds them."""
+    import comfy.sd
+
+    stored = {n: t for n, t in load_file(path).items() if ".ffn." in n and "blocks.0." in n}
+    state = {**dense, **stored, **changed}
+    options = {"dtype": torch.float32}
+    return comfy.sd.load_diffusion_model_state_dict(dict(state), model_options=options)
+
+
+def test_layers_in_comfyuis_own_formats_are_computed_by_comfyui(wan):
+    path, dense, layers = wan
+    wanted = step(dense_but_for_comfyuis_formats(path, dense), "wan")
+    model = load_svdquant(str(path), {"backend": "dequant", "dtype": "fp32"})
+    network = model.model.diffusion_model
+    kinds = {m.quant_format for m in network.modules() if getattr(m, "quant_format", None)}
+    assert kinds == {"float8_e4m3fn", "int8_tensorwise"}
+    assert len(quantised_layers(model.model)) == len(layers) - 2
+    assert rel(step(model, "wan"), wanted) < 1e-5
+    key = "diffusion_model.blocks.0.ffn.0.weight"
+    patches = {key: ("diff", (torch.full_like(dense[key[16:]], 0.02),))}
+    theirs = dense_but_for_comfyuis_formats(path, dense)
+    theirs.add_patches(patches)
+    ours = model.clone()
+    ours.add_patches(patches)
+    assert rel(step(theirs, "wan"), wanted) > 1e-3
+    assert rel(step(ours, "wan"), step(theirs, "wan")) < 1e-5
+
+
+def test_settings_in_the_metadata_mean_the_same(wan, folder):
+    path, dense, _ = wan
+    tensors, layers = load_file(path), {}
+    for name in [n for n in tensors if n.endswith(".comfy_quant")]:
+        text = bytes(tensors.pop(name).tolist())
+        layers[name.removesuffix(".comfy_quant")] = json.loads(text)
+    moved = folder / "wan-metadata.safetensors"
+    save_file(tensors, moved, metadata={"_quantization_metadata": json.dumps({"layers": layers})})
+    model, same = (load_svdquant(str(p), {"backend": "dequant"}) for p in (moved, path))
+    assert torch.equal(step(model, "wan"), step(same, "wan"))
+
+
+def test_a_format_that_comfyui_does_not_know_is_named(wan, folder):
+    tensors = load_file(wan[0])
+    tensors["blocks.0.ffn.0.comfy_quant"] = settings(format="int3_new")
+    path = folder / "wan-new.safetensors"
+    save_file(tensors, path)
+    with pytest.raises(CheckpointError, match=r"ffn.0 is quantised as int3_new.*Update ComfyUI"):
+        load_svdquant(str(path))
+
+
+def test_of_a_whole_checkpoint_the_diffusion_model_is_read(wan, folder):
+    from slipstream.backends.svdquant.host_detection import title_of
+    from slipstream.backends.svdquant.inspection import inspect_text
+
+    tensors = {f"model.diffusion_model.{n}": t for n, t in load_file(wan[0]).items()}
+    tensors["vae.decoder.conv.weight"] = torch.zeros(3, 3)
+    tensors["text_encoders.t5.weight"] = torch.zeros(3, 3)
+    path = folder / "checkpoint.safetensors"
+    save_file(tensors, path)
+    model, same = (load_svdquant(str(p), {"backend": "dequant"}) for p in (path, wan[0]))
+    assert torch.equal(step(model, "wan"), step(same, "wan"))
+    checkpoint = detect(read_header(path))
+    text = inspect_text(checkpoint, torch.device("cpu"), title_of(checkpoint))
+    assert "Family: WAN21_T2V (ComfyUI's own names). Dialect: comfy-kitchen." in text
+    assert "Layers that ComfyUI computes itself: 1 float8_e4m3fn, 1 int8_tensorwise." in text
+    assert "Not read: 2 tensors outside the diffusion model" in text
+
+
+def changed(path, folder, change):
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, folder / "changed.safetensors")
+    return str(folder / "changed.safetensors")
+
+
+def test_what_comfyui_does_not_detect_is_refused_before_it_is_read(wan, folder, monkeypatch):
+    from slipstream.backends.svdquant import host
+
+    monkeypatch.setattr(host, "read_model", None)  # reading would fail
+    renamed = {}
+    for name, tensor in load_file(wan[0]).items():
+        renamed[name.replace("blocks.", "parts.").replace("head.", "top.")] = tensor
+    path = folder / "unknown.safetensors"
+    save_file(renamed, path)
+    with pytest.raises(CheckpointError, match=r"model that this ComfyUI does not know .*Update"):
+        load_svdquant(str(path))
+
+    def without_text(tensors):
+        del tensors["patch_embedding.weight"]
+
+    with pytest.raises(CheckpointError, match=r"not a model that ComfyUI can detect \(KeyError"):
+        load_svdquant(changed(wan[0], folder, without_text))
+
+
+def test_missing_and_left_over_tensors(wan, folder, caplog):
+    def truncated(tensors):
+        del tensors["blocks.0.norm3.weight"]
+
+    with pytest.raises(CheckpointError, match=r"lacks 1 tensors of .*blocks.0.norm3.weight"):
+        load_svdquant(changed(wan[0], folder, truncated))
+
+    def more(tensors):
+        for name in [n for n in tensors if n.startswith("blocks.0.self_attn.q.")]:
+            tensors[name.replace("self_attn.q", "other.q")] = tensors[name].clone()
+
+    with pytest.raises(CheckpointError, match=r"1 tensors that ComfyUI's .*blocks.0.other.q"):
+        load_svdquant(changed(wan[0], folder, more))
+
+    def plain(tensors):
+        tensors["rope_table"] = torch.zeros(3)
+
+    load_svdquant(changed(wan[0], folder, plain))
+    assert "as with Load Diffusion Model: rope_table" in caplog.text
+
+
+def test_norms_may_be_called_scale_as_flux_calls_them(folder):
+    import svdquant_models
+    from svdquant_networks import SIZES
+
+    path = folder / "flux-scale.safetensors"
+    svdquant_models.write(path, "flux", "comfy-kitchen", **SIZES["flux"])
+
+    def renamed(tensors):
+        for name in [n for n in tensors if n.endswith("_norm.weight")]:
+            tensors[name.removesuffix("weight") + "scale"] = tensors.pop(name)
+
+    model = load_svdquant(changed(path, folder, renamed), {"backend": "dequant"})
+    same = load_svdquant(str(path), {"backend": "dequant"})
+    assert torch.equal(step(model, "flux"), step(same, "flux"))
+
+
+# ---- as any model ----
+def test_lora_cache_and_attention_on_a_model_that_no_table_knows(wan):
+    path, dense, _ = wan
+    model = load_svdquant(str(path), {"backend": "dequant", "dtype": "fp32"})
+    key = "diffusion_model.blocks.0.self_attn.q.weight"
+    generator = torch.Generator().manual_seed(1)
+    up, down = (torch.randn(*s, generator=generator) * 0.1 for s in ((128, 4), (4, 128)))
+    patched = model.clone()
+    patched.add_patches({key: ("diff", (up @ down,))}, 0.5)
+    merged = {key[16:]: dense[key[16:]] + 0.5 * up @ down}
+    wanted = step(dense_but_for_comfyuis_formats(path, dense, **merged), "wan")
+    assert rel(wanted, step(model, "wan")) > 1e-3
+    assert rel(step(patched, "wan"), wanted) < 1e-4
+
+    cached = apply_cache(apply_attention(patched, AttentionConfig()), CacheConfig())
+    out = flat(tiny.sample(cached, "wan", steps=4, cfg=1.0))
+    report = runs.run_log(cached).latest().to_json()
+    assert report["svdquant"]["lora_layers"] == 1
+    assert {"svdquant", "attention", "cache"} <= set(report)
+    assert bool(torch.isfinite(out).all())
+
+
+def test_a_worker_rebuilds_it_from_its_arguments(wan):
+    model = load_svdquant(str(wan[0]), {"backend": "dequant"})
+    function, arguments = model.cached_patcher_init
+    again = function(*json.loads(json.dumps(arguments)), disable_dynamic=True)
+    assert type(again.model.model_config).__name__ == "WAN21_T2V"
+    assert torch.equal(step(again, "wan"), step(model, "wan"))
+    deep = model.clone(force_deepcopy=True)
+    assert torch.equal(step(deep, "wan"), step(model, "wan"))
+
+
+def test_a_two_file_folder_is_a_model(folder):
+    import svdquant_models
+    from slipstream.backends.svdquant.halves import BLOCKS, REST
+    from svdquant_networks import SIZES
+
+    path = folder / "flux.safetensors"
+    svdquant_models.write(path, "flux", "nunchaku-1", **SIZES["flux"])
+    tensors, old = load_file(path), folder / "svdq-int4-flux.1-dev"
+    old.mkdir()
+    blocks = {n: t for n, t in tensors.items() if "transformer_blocks." in n}
+    save_file(blocks, old / BLOCKS)
+    save_file({n: t for n, t in tensors.items() if n not in blocks}, old / REST)
+    wanted = step(load_svdquant(str(path), {"backend": "dequant"}), "flux")
+    for chosen in (BLOCKS, REST):
+        model = load_svdquant(str(old / chosen), {"backend": "dequant"})
+        assert torch.equal(step(model, "flux"), wanted)
+    function, arguments = model.cached_patcher_init
+    assert torch.equal(step(function(*arguments), "flux"), wanted)

@@ -20,8 +20,8 @@ class SlipstreamSVDQuantLoader(io.ComfyNode):
             category="model/loaders/slipstream",
             description=(
                 "Approximate. Loads a 4-bit SVDQuant file (Nunchaku, Nunchaku Lite, comfy-kitchen) "
-                "of FLUX.1, Qwen-Image, Z-Image or SDXL as an ordinary MODEL: LoRA, ControlNet and "
-                "the other Slipstream nodes work as on any model."
+                "as an ordinary MODEL: LoRA, ControlNet and the other Slipstream nodes work as on "
+                "any model. Files with ComfyUI's own names may be of any model that it knows."
             ),
             search_aliases=["nunchaku", "svdq", "int4", "fp4", "nvfp4", "4-bit", "load quantized"],
             is_experimental=True,

@@ -10,9 +10,9 @@ import re
 
 import tiny
 import torch
+from slipstream.backends.svdquant.dialects import detect
 from slipstream.backends.svdquant.engine import Engine
 from slipstream.backends.svdquant.header import read_header
-from slipstream.backends.svdquant.dialects import detect
 from slipstream.backends.svdquant.host import finish, load_svdquant, read_model
 from slipstream.backends.svdquant.host_operations import operations
 from svdquant_files import Writer
@@ -20,7 +20,12 @@ from svdquant_networks import CPU
 
 TILE = 128
 MODULATION = ("mod.lin", "modulation.lin", "_modulation_img.lin", "_modulation_txt.lin")
-MODULATION += ("adaLN_modulation.1", "time_projection.1", "adaln_single.linear", "adaln_proj.linear")
+MODULATION += (
+    "adaLN_modulation.1",
+    "time_projection.1",
+    "adaln_single.linear",
+    "adaln_proj.linear",
+)
 
 
 def family_of(name, **sizes):

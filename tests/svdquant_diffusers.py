@@ -84,7 +84,10 @@ RENAMED = {
         (r"_modulation(_img|_txt)?\.lin\.", r"_modulation\1.linear."),
         (r"^double_blocks\.(\d+)\.img_attn\.norm\.query_norm", r"transformer_blocks.\1.NORM_q"),
         (r"^double_blocks\.(\d+)\.img_attn\.norm\.key_norm", r"transformer_blocks.\1.NORM_k"),
-        (r"^double_blocks\.(\d+)\.txt_attn\.norm\.query_norm", r"transformer_blocks.\1.NORM_added_q"),
+        (
+            r"^double_blocks\.(\d+)\.txt_attn\.norm\.query_norm",
+            r"transformer_blocks.\1.NORM_added_q",
+        ),
         (r"^double_blocks\.(\d+)\.txt_attn\.norm\.key_norm", r"transformer_blocks.\1.NORM_added_k"),
         (r"^single_blocks\.(\d+)\.norm\.query_norm", r"single_transformer_blocks.\1.NORM_q"),
         (r"^single_blocks\.(\d+)\.norm\.key_norm", r"single_transformer_blocks.\1.NORM_k"),
@@ -131,7 +134,11 @@ def write(path, patcher, family, dialect, *, precision="int4", norm=None):
                 bias = state.get(f"{owner}.bias")
                 bias = None if bias is None else bias.float()
                 pair = _layer(writer, family, found[1], places, tensor.float(), bias)
-                dense |= {f"{owner}.{k}": v for k, v in zip(("weight", "bias"), pair) if v is not None}
+                dense |= {
+                    f"{owner}.{k}": v
+                    for k, v in zip(("weight", "bias"), pair, strict=True)
+                    if v is not None
+                }
             continue
         stored = tensor.to(torch.bfloat16)
         dense[name] = tensor if name in DROPPED else stored.float()
@@ -168,7 +175,9 @@ def _layer(w, family, how, places, weight, bias):
     if mode == "rows3":  # q, k, v are three times as high as the layer is wide
         sizes = [3 * weight.shape[1], len(weight) - 3 * weight.shape[1]]
         biases = [None, None] if bias is None else bias.split(sizes)
-        pairs = [w.svdquant(n, r, b) for n, r, b in zip(names, weight.split(sizes), biases)]
+        pairs = [
+            w.svdquant(n, r, b) for n, r, b in zip(names, weight.split(sizes), biases, strict=True)
+        ]
         return (
             torch.cat([p[0] for p in pairs]),
             None if bias is None else torch.cat([p[1] for p in pairs]),
@@ -178,7 +187,9 @@ def _layer(w, family, how, places, weight, bias):
         zero = None if bias is None else torch.zeros_like(bias)
         pairs = [
             w.svdquant(n, part.contiguous(), b, unsigned=u)
-            for n, part, b, u in zip(names, weight.split(sizes, 1), (bias, zero), unsigned)
+            for n, part, b, u in zip(
+                names, weight.split(sizes, 1), (bias, zero), unsigned, strict=True
+            )
         ]
         return (
             torch.cat([p[0] for p in pairs], 1),

@@ -15,8 +15,8 @@ import torch
 
 from .dialects import Checkpoint
 from .errors import CheckpointError
-from .file_layers import LITE
 from .families import Block, Family, Grid, Layer, Piece
+from .file_layers import LITE
 from .header import Header
 from .segments import SegmentReader, WithBias
 from .weight import QuantWeight, Segment, rows_of, stack_columns, stack_rows, whole

@@ -160,8 +160,8 @@ def _not_svdquant(
     file = header.path.name
     if formats:
         return (
-            f"{file} is quantised as {', '.join(sorted(formats))}, not SVDQuant. Use Load Diffusion "
-            "Model; if the file comes with a low-rank branch, the nodes that it was made with."
+            f"{file} is quantised as {', '.join(sorted(formats))}, not SVDQuant. Use Load "
+            "Diffusion Model; if it comes with a low-rank branch, the nodes that it was made for."
         )
     blocks = any("transformer_blocks." in name for name in keys)
     if blocks and endings & {"lora_down", "lora_up"}:

@@ -214,7 +214,5 @@ def _without_scales(checkpoint: Checkpoint, names: set[str]) -> set[str]:
     owners = tuple(checkpoint.core_layers)
     kept = {f"{owner}.{kind}" for owner in owners for kind in ("weight", "bias")}
     return {
-        n
-        for n in names
-        if n in kept or not any(n == o or n.startswith(f"{o}.") for o in owners)
+        n for n in names if n in kept or not any(n == o or n.startswith(f"{o}.") for o in owners)
     }

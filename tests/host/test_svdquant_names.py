@@ -127,7 +127,7 @@ def test_int4_chroma_of_an_undocumented_exporter_is_refused(folder):
         diffusers.write(
             path, network, "chroma", "nunchaku-1", precision=precision, norm="attn.norm_"
         )
-    with pytest.raises(CheckpointError, match="int4 Chroma file of an exporter .* nvfp4 version"):
+    with pytest.raises(CheckpointError, match=r"int4 Chroma file of an exporter .* nvfp4"):
         load_svdquant(str(folder / "chroma-attn-int4.safetensors"))
     assert detect(read_header(path)).precision == "nvfp4"
 
@@ -192,7 +192,7 @@ def test_layers_in_comfyuis_own_formats_are_computed_by_comfyui(wan):
 
 
 def test_settings_in_the_metadata_mean_the_same(wan, folder):
-    path, dense, _ = wan
+    path = wan[0]
     tensors, layers = load_file(path), {}
     for name in [n for n in tensors if n.endswith(".comfy_quant")]:
         text = bytes(tensors.pop(name).tolist())
@@ -307,7 +307,7 @@ def test_lora_cache_and_attention_on_a_model_that_no_table_knows(wan):
     assert rel(wanted, step(model, "wan")) > 1e-3
     assert rel(step(patched, "wan"), wanted) < 1e-4
 
-    cached = apply_cache(apply_attention(patched, AttentionConfig()), CacheConfig())
+    cached = apply_cache(apply_attention(patched, AttentionConfig()), CacheConfig(front_blocks=1))
     out = flat(tiny.sample(cached, "wan", steps=4, cfg=1.0))
     report = runs.run_log(cached).latest().to_json()
     assert report["svdquant"]["lora_layers"] == 1

@@ -143,7 +143,7 @@ def test_other_kinds_of_files(good, tmp_path):
         save_file({k: v.clone() for k, v in tensors.items()}, tmp_path / name)
         with pytest.raises(CheckpointError, match=sentence):
             read(tmp_path / name)
-    with pytest.raises(CheckpointError, match="is a folder: choose a .safetensors file"):
+    with pytest.raises(CheckpointError, match="is a folder: choose a"):
         read(tmp_path)
     with pytest.raises(CheckpointError, match="does not exist"):
         read(tmp_path / "nothing.safetensors")

@@ -1,4 +1,4 @@
-"""Models in two files (Nunchaku's old folders): either one is the whole model, a lone one says so."""
+"""Models in two files (Nunchaku's old folders): either is the whole model, a lone one says so."""
 
 import json
 

@@ -94,7 +94,10 @@ FLUX2 = Family(
         *((f"{name}.linear", f"{name}.lin") for name in _MODULATION),
         *(
             (f"time_guidance_embed.{theirs}.linear_{i}", f"{ours}.{end}_layer")
-            for theirs, ours in (("timestep_embedder", "time_in"), ("guidance_embedder", "guidance_in"))
+            for theirs, ours in (
+                ("timestep_embedder", "time_in"),
+                ("guidance_embedder", "guidance_in"),
+            )
             for i, end in ((1, "in"), (2, "out"))
         ),
     ),

@@ -3,6 +3,7 @@ models whose conversion is public. Through the real loader to a sampler step aga
 model, as in test_svdquant_host.py."""
 
 import json
+from pathlib import Path
 
 import pytest
 import svdquant_core as core
@@ -130,6 +131,50 @@ def test_int4_chroma_of_an_undocumented_exporter_is_refused(folder):
     with pytest.raises(CheckpointError, match=r"int4 Chroma file of an exporter .* nvfp4"):
         load_svdquant(str(folder / "chroma-attn-int4.safetensors"))
     assert detect(read_header(path)).precision == "nvfp4"
+
+
+# ComfyUI's detection takes these sizes from nowhere: they are the published ones
+FULL_WIDTH = {
+    "chroma": (24, {"hidden_dim": 5120, "n_layers": 5}),
+    "ernie": (32, {}),
+    "krea2": (4, {}),
+}
+
+
+@pytest.mark.parametrize("name", FULL_WIDTH)
+def test_models_without_a_small_file_are_detected_from_their_shapes(name):
+    """Shapes of the published widths, no data: what the loader asks before it reads anything."""
+    from slipstream.backends.svdquant.dialects import Checkpoint
+    from slipstream.backends.svdquant.families import CORE
+    from slipstream.backends.svdquant.file_layers import FileLayer
+    from slipstream.backends.svdquant.header import Header, TensorEntry
+    from slipstream.backends.svdquant.host_detection import detected_config
+
+    heads, sizes = FULL_WIDTH[name]
+    one = core.family_of(name, **sizes)
+    config = tiny._config_class(one)(one.unet(heads))
+    config.unet_config.update(one.unet(heads))
+    network = config.get_model({}, "", device=torch.device("meta")).diffusion_model
+    layers, entries = {}, {}
+    for key, tensor in network.state_dict().items():
+        owner, _, kind = key.rpartition(".")
+        if kind == "weight" and "." in owner and tensor.ndim == 2:
+            rows, columns = tensor.shape
+            layers[owner] = FileLayer(
+                name=owner, precision="int4", num_rows=rows, num_columns=columns, rank=32, parts={}
+            )
+        else:
+            entries[key] = TensorEntry("BF16", tuple(tensor.shape), 0, 0)
+    checkpoint = Checkpoint(
+        header=Header(Path("file.safetensors"), entries, {}),
+        dialect="comfy-kitchen",
+        family=CORE,
+        native=True,
+        layers=layers,
+        dense={key: key for key in entries},
+    )
+    assert len(layers) > 10
+    assert type(detected_config(checkpoint)).__name__ == one.config
 
 
 # ---- what else such a file may hold ----

@@ -154,6 +154,31 @@ def _layer(good):
     return {k.removeprefix(prefix): v for k, v in load_file(good).items() if k.startswith(prefix)}
 
 
+def test_other_formats_of_comfyui_are_named(tmp_path):
+    """Krea 2 files with convrot_w4a4 and a low-rank branch: other nodes read them."""
+    text = json.dumps({"format": "convrot_w4a4"}).encode()
+    tensors = {
+        "blocks.0.attn.wq.weight": torch.zeros(128, 64, dtype=torch.int8),
+        "blocks.0.attn.wq.weight_scale": torch.ones(2, 128),
+        "blocks.0.attn.wq.comfy_quant": torch.tensor(list(text), dtype=torch.uint8),
+        "blocks.0.attn.wq.proj_down": torch.zeros(128, 16),
+    }
+    save_file(tensors, tmp_path / "krea.safetensors")
+    with pytest.raises(CheckpointError, match=r"quantised as convrot_w4a4, not SVDQuant.*made for"):
+        read(tmp_path / "krea.safetensors")
+
+
+def test_ltx2_in_diffusers_names_says_what_it_lacks(good, tmp_path):
+    """Nunchaku Lite: ComfyUI's model holds the connectors, diffusers keeps them elsewhere."""
+    suffixes = {"smooth": "smooth_factor", "lora_down": "proj_down", "lora_up": "proj_up"}
+    layer = {suffixes.get(n, n): t for n, t in _layer(good).items() if n != "smooth_orig"}
+    tensors = {f"transformer_blocks.0.attn1.to_q.{n}": t for n, t in layer.items()}
+    tensors["av_cross_attn_video_scale_shift.linear.weight"] = torch.zeros(4, 4)
+    save_file(tensors, tmp_path / "ltx.safetensors")
+    with pytest.raises(CheckpointError, match="LTX-2 in diffusers' names, without the text conn"):
+        read(tmp_path / "ltx.safetensors")
+
+
 def test_a_missing_block_is_named(good, tmp_path):
     path = tmp_path / "two.safetensors"
     svdquant_models.write(path, "flux", "nunchaku-1", depth=3, single=1)
@@ -272,9 +297,30 @@ def mutated(raw, generator):
     return bytes(data)
 
 
-def test_200_mutated_files(good, tmp_path):
+@pytest.fixture(scope="module")
+def kitchen(tmp_path_factory):
+    """In ComfyUI's own names, of a model that no family table knows."""
+    from svdquant_files import Writer
+
+    writer = Writer("comfy-kitchen")
+    for name in ("blocks.0.attn.q", "blocks.0.attn.k", "blocks.1.attn.q"):
+        writer.svdquant(name, writer.weight(128, 128), writer.randn(128))
+    writer.modulation("blocks.0.mod", writer.weight(256, 128), writer.randn(256), 2)
+    fp8 = json.dumps({"format": "float8_e4m3fn"}).encode()
+    writer.tensors |= {
+        "blocks.0.mlp.weight": torch.zeros(16, 16, dtype=torch.float8_e4m3fn),
+        "blocks.0.mlp.weight_scale": torch.ones(()),
+        "blocks.0.mlp.comfy_quant": torch.tensor(list(fp8), dtype=torch.uint8),
+        "head.weight": torch.zeros(16, 16),
+    }
+    return writer.save(tmp_path_factory.mktemp("kitchen") / "kitchen.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["good", "kitchen"])
+def test_200_mutated_files(kind, tmp_path, request):
     """Any of them either reads or raises CheckpointError, quickly, in no more memory than the good
     file, which was read before, and another of its size (and what an allocator keeps)."""
+    good = request.getfixturevalue(kind)
     raw, generator = good.read_bytes(), random.Random(0)
     path = tmp_path / "mutated.safetensors"
     read(good)

@@ -155,13 +155,18 @@ def test_models_without_a_small_file_are_detected_from_their_shapes(name):
     config = tiny._config_class(one)(one.unet(heads))
     config.unet_config.update(one.unet(heads))
     network = config.get_model({}, "", device=torch.device("meta")).diffusion_model
-    layers, entries = {}, {}
+    layers, entries = {}, {"scale": TensorEntry("BF16", (), 0, 0)}
     for key, tensor in network.state_dict().items():
         owner, _, kind = key.rpartition(".")
         if kind == "weight" and "." in owner and tensor.ndim == 2:
             rows, columns = tensor.shape
             layers[owner] = FileLayer(
-                name=owner, precision="int4", num_rows=rows, num_columns=columns, rank=32, parts={}
+                name=owner,
+                precision="int4",
+                num_rows=rows,
+                num_columns=columns,
+                rank=32,
+                parts={"scale": "scale"},
             )
         else:
             entries[key] = TensorEntry("BF16", tuple(tensor.shape), 0, 0)
@@ -171,7 +176,7 @@ def test_models_without_a_small_file_are_detected_from_their_shapes(name):
         family=CORE,
         native=True,
         layers=layers,
-        dense={key: key for key in entries},
+        dense={key: key for key in entries if key != "scale"},
     )
     assert len(layers) > 10
     assert type(detected_config(checkpoint)).__name__ == one.config

@@ -38,14 +38,14 @@ def network(one, heads):
     return tiny.in_memory(tiny._config_class(one), one.unet(heads), shorten=one.shorten)
 
 
-def write(path, patcher, *, metadata=None, prefix="", others=None):
+def write(path, patcher, *, dialect="comfy-kitchen", metadata=None, others=None):
     """Writes the file; returns (dense state, names of the layers that became 4-bit).
 
     Of each kind of layer (the end of its name) the first one becomes 4-bit: in turn tile-packed
     and in the natural layout. others(name, weight) -> (tensors, effective weight) of a layer in a
     format of ComfyUI's own, or None.
     """
-    writer = Writer("comfy-kitchen")
+    writer = Writer(dialect)
     state = patcher.model.diffusion_model.state_dict()
     wide = [n for n, m in patcher.model.diffusion_model.named_modules() if _is_linear(n, m)]
     inside_first = sorted(wide, key=lambda n: re.search(r"\.\d+\.", n) is None)
@@ -65,7 +65,6 @@ def write(path, patcher, *, metadata=None, prefix="", others=None):
         stored = tensor.to(torch.bfloat16) if is_float else tensor
         writer.tensors[name] = stored.contiguous()
         dense[name] = stored.float() if is_float else stored
-    writer.tensors = {prefix + name: t for name, t in writer.tensors.items()}
     _save(path, writer.tensors, metadata)
     return dense, quantised
 

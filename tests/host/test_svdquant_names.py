@@ -120,6 +120,16 @@ def test_names_of_diffusers_and_nunchaku(name, dialect, precision, folder):
     assert 1e-6 < rel(four_bit, wanted) < 0.2
 
 
+def test_nunchaku_lite_of_ernie_has_comfyuis_own_names(folder):
+    one, heads = tiny_family("ernie")
+    path = folder / "ernie-lite.safetensors"
+    dense, layers = core.write(path, core.network(one, heads), dialect="nunchaku-lite")
+    wanted = step(core.dense_model(one, heads, dense), "ernie")
+    model = core.quantised_model(one, heads, path, "dequant")
+    assert len(quantised_layers(model.model)) == len(layers) > 8
+    assert rel(step(model, "ernie"), wanted) < 3e-6
+
+
 def test_int4_chroma_of_an_undocumented_exporter_is_refused(folder):
     one, heads = tiny_family("chroma")
     for precision in ("int4", "nvfp4"):

@@ -151,8 +151,9 @@ def choices() -> list[str]:
             "workers 0: run on one device, as without the node (there is no GPU)",
             "devices cpu,cpu: share a step between two CPU processes over gloo, to try it out",
         ]
-    found = [f"cuda:{i}" for i, name in enumerate(names) if name == names[0]]
-    chosen = choose_devices(SequenceParallelConfig(), found=found, own="cuda:0")
+    found = [f"cuda:{i}" for i in range(len(names))]
+    alike = [f"cuda:{i}" for i, name in enumerate(names) if name == names[0]]
+    chosen = choose_devices(SequenceParallelConfig(), found=found, alike=alike, own="cuda:0")
     backend = NCCL if dist.is_nccl_available() and os.name != "nt" else GLOO
     lines = [f"workers 0: {len(chosen)} processes on {', '.join(chosen)}, backend {backend}"]
     if backend == GLOO:

@@ -16,17 +16,26 @@ from ..backends.calls import CALL, call_options
 from ..backends.run import Run, attach, attached, current
 from .config import ParallelError, SequenceParallelConfig, choose_devices
 from .crew import Setting
+from .launcher import StartFailed
 from .messages import Load
-from .model_facts import checked_plan, gpus_like, num_heads, plain_device, travelling
+from .model_facts import (
+    checked_plan,
+    gpus,
+    num_heads,
+    plain_device,
+    travelling,
+    why_one_device,
+)
 from .network_call import NetworkCall
 from .payload import encode_patches, walk_patches
 from .pool import Model, Pool
 from .route import BRANCH, Baton, can_route, run_both
-from .run_state import ParallelRun
+from .run_state import ParallelRun, no_workers
 from .runs import KEY, NAME
 from .shards import PlanError
 from .shared import BeginAgain, Shared
 from .wire import Unsupported, encode, encode_plain
+from .workers import WorkerError
 
 OWN_PACKAGE = (__package__ or "").rpartition(".")[0]
 
@@ -51,10 +60,11 @@ class SequenceParallel:
         """
         network = host.diffusion_model(run.patcher)
         device = plain_device(run.patcher.load_device)
-        devices = choose_devices(self.config, found=gpus_like(device), own=str(device))
+        found, alike = gpus(device)
+        devices = choose_devices(self.config, found=found, alike=alike, own=str(device))
         if len(devices) == 1:
             if not self.config.workers and not self.config.device_names:
-                run.note("Sequence parallel found one device: it runs there as without the node")
+                run.note(why_one_device(device))
             return ParallelRun(run, self.config, None, "one device")
         plan = checked_plan(network)
         recipe = worker_host.recipe(run.patcher, OWN_PACKAGE)
@@ -93,10 +103,17 @@ class SequenceParallel:
             memory_bytes=partial(worker_host.memory_required, run.patcher),
         )
         shared.pool.follow(run.patcher.model, model.load.key)
-        shared.pool.prepare(
-            devices, shared.setting, model,
-            meanwhile=shared.meanwhile, progress=worker_host.progress_bar(len(devices) - 1),
-        )  # fmt: skip
+        try:
+            shared.pool.prepare(
+                devices, shared.setting, model,
+                meanwhile=shared.meanwhile, progress=worker_host.progress_bar(len(devices) - 1),
+            )  # fmt: skip
+        except (StartFailed, WorkerError) as error:
+            if self.config.is_explicit:
+                raise
+            reason = no_workers(error)
+            run.note(reason)
+            return ParallelRun(run, self.config, None, reason)
         return ParallelRun(run, self.config, shared)
 
 
@@ -267,6 +284,10 @@ def calc_cond_batch(executor: Any, *args: Any, **kwargs: Any) -> Any:
             )
     except PlanError as error:
         state.stop_sharing(str(error))
+    except StartFailed as error:
+        if state.config.is_explicit:
+            raise
+        state.stop_sharing(no_workers(error))
     finally:
         state.baton = None
     return executor(*args, **kwargs)

@@ -24,6 +24,7 @@ from typing import Any, Protocol
 
 from ..backends.errors import SlipstreamError
 from .channel import Channel, ChannelClosed
+from .comm import NCCL_ENVIRONMENT
 from .messages import PROTOCOL, Hello
 
 _HOST = "127.0.0.1"
@@ -187,6 +188,7 @@ def worker_environment(inherited: Mapping[str, str], spec: Spec) -> dict[str, st
     loopback = "lo0" if sys.platform == "darwin" else "lo"
     return {
         **env,
+        **NCCL_ENVIRONMENT,
         "OMP_NUM_THREADS": str(spec.num_threads),
         "GLOO_SOCKET_IFNAME": loopback,
         "NCCL_SOCKET_IFNAME": loopback,

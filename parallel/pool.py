@@ -6,6 +6,7 @@ drops the groups, keeps the workers that answer and raises the first cause; the 
 with new groups, and new workers where some were lost.
 """
 
+import atexit
 import logging
 import os
 import weakref
@@ -104,6 +105,9 @@ class Pool:
             self._to_unload.discard(model.load.key)
             if self._to_unload:
                 self.unload(self._to_unload.pop())
+            if not self.workers:
+                atexit.unregister(self.close)  # of workers that have all been lost
+                atexit.register(self.close)
             for _ in range(2):  # again if one has left between two prompts, just as it was asked
                 if self.crew.require(devices[1:], setting, meanwhile=meanwhile, progress=progress):
                     self._drop_links()
@@ -310,6 +314,7 @@ class Pool:
                 worker.models.pop(one, None)
 
     def close(self) -> None:
-        """End all workers."""
+        """End all workers; done at exit too, since groups must go before CUDA does."""
+        atexit.unregister(self.close)
         self._drop_links()
         self.crew.close()

@@ -23,6 +23,7 @@ from .control import local_control
 from .cost import Meter, advice
 from .engine import Call
 from .hooks import installed
+from .launcher import StartFailed
 from .mesh import Layout, Links
 from .messages import Forward
 from .network_call import NetworkCall
@@ -41,6 +42,11 @@ VOID = (
     "An evaluation gave NaN or infinite values and was computed again on one device, as is the "
     "rest of this run: what runs on the workers cannot be looked at"
 )
+
+
+def no_workers(error: Exception) -> str:
+    """The sentence for workers that automatic settings could not have."""
+    return f"Sequence parallel could not start its workers, so one device does it all: {error}"
 
 
 class ParallelRun:
@@ -166,11 +172,14 @@ class ParallelRun:
                         out = self._remote(links, message, tensors)
                     else:
                         out = self._together(links, message, tensors, call, executor)
-        except PlanError as error:
+        except (PlanError, StartFailed) as error:
             if self.baton is not None:
                 raise  # the pair of branches is repeated on one device
-            self.stop_sharing(str(error))
-            raise Alone(str(error)) from None
+            if isinstance(error, StartFailed) and self.config.is_explicit:
+                raise
+            reason = str(error) if isinstance(error, PlanError) else no_workers(error)
+            self.stop_sharing(reason)
+            raise Alone(reason) from None
         if not has_workers:
             raise BeginAgain("")
         self.counts.shared += 1

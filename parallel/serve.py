@@ -80,7 +80,7 @@ class Server:
 
     def __init__(self, channel: Channel, models: Models, device: torch.device, idle_s: float):
         self.channel, self.models, self.device, self.idle_s = channel, models, device, idle_s
-        self.clock = Clock(device)
+        self.clock = Clock(device, is_timing=False)
         self._links: dict[str, Links] = {}
         self._epoch = 0
         self._bound: dict[tuple[int, int], Bound] = {}

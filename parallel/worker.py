@@ -46,7 +46,7 @@ def main(arguments: Sequence[str]) -> None:
     given["cpu"] = device.type == "cpu"
     worker_host.become_comfyui(start.comfyui, given)
     channel.send(Done())
-    with_room(Server(channel, LoadedModels(), device, start.idle_s).serve)
+    with_room(Server(channel, LoadedModels(device), device, start.idle_s).serve)
     sys.stdout.flush()
     os._exit(0)  # the thread that waits for stdin would hold the process
 
@@ -75,9 +75,10 @@ class LoadedModel:
 
 
 class LoadedModels:
-    """What this worker has loaded, by rank 0's keys."""
+    """What this worker has loaded, by rank 0's keys; `device` is its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._bases: dict[str, Any] = {}
         self._models: dict[str, LoadedModel] = {}
 
@@ -86,9 +87,8 @@ class LoadedModels:
 
     def load(self, message: Load) -> dict[str, Any]:
         """Follow the recipe. Raises ValueError if it does not give the weights that rank 0 has."""
-        recipe = worker_host.Recipe(
-            message.module, message.function, decode(message.arguments, []), message.index
-        )
+        arguments = decode(message.arguments, [], device=self._device)
+        recipe = worker_host.Recipe(message.module, message.function, arguments, message.index)
         patcher = worker_host.load(recipe, OWN_PACKAGE)
         if worker_host.weights_print(patcher, list(message.weights)) != message.weights:
             files = ", ".join(path.name for path in recipe.files)

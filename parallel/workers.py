@@ -170,7 +170,12 @@ def recover(
     is_symptom = isinstance(error, (TransportError, TimeoutError, ChannelClosed))
     if is_symptom and causes:
         return causes[0], lost
-    if is_symptom and not isinstance(error, TransportError):
+    if isinstance(error, TransportError):
+        return WorkerError(
+            f"The processes did not finish an exchange within {timeout_s:g} s: raise timeout_s if "
+            f"a step is that slow, and look at the links with --doctor ({error})"
+        ), lost
+    if is_symptom:
         return WorkerError(f"A worker did not answer: {error}"), lost
     for cause in causes:
         log.info("besides: %s", cause)

@@ -178,6 +178,37 @@ def raise_if_interrupted() -> None:
     management.throw_exception_if_processing_interrupted()
 
 
+def is_interrupted() -> bool:
+    """Whether the user has pressed Cancel; leaves it so."""
+    import comfy.model_management as management
+
+    return bool(management.processing_interrupted())
+
+
+def is_prompt_running() -> bool:
+    """Whether this thread executes a node: what is unloaded meanwhile makes room for another."""
+    from comfy_execution.utils import get_executing_context
+
+    return get_executing_context() is not None
+
+
+def devices_in_use() -> list[str]:
+    """The devices that ComfyUI's own models are on."""
+    import comfy.model_management as management
+
+    found = (str(one.device) for one in management.current_loaded_models)
+    return sorted({name for name in found if name.startswith("cuda")})
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """The most that this process's tensors had on the device since the last question."""
+    if device.type != "cuda":
+        return None
+    found = torch.cuda.max_memory_reserved(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return found
+
+
 def interrupt(value: bool) -> None:
     """Make the running model call raise at its next operation, or take that back."""
     import comfy.model_management as management

@@ -1,7 +1,7 @@
 """apply_parallel(model, config): sequence parallel on a clone of a MODEL; the glue to ComfyUI."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
@@ -43,7 +43,7 @@ OWN_PACKAGE = (__package__ or "").rpartition(".")[0]
 @cache
 def pool() -> Pool:
     """The worker processes of this ComfyUI; none runs until a run needs one."""
-    return Pool()
+    return Pool(is_cancelled=worker_host.is_interrupted)
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,7 @@ class SequenceParallel:
             techniques=techniques,
             meanwhile=worker_host.raise_if_interrupted,
             memory_bytes=partial(worker_host.memory_required, run.patcher),
+            busy_devices=partial(_busy_devices, devices[1:]),
         )
         shared.pool.follow(run.patcher.model, model.load.key)
         try:
@@ -261,8 +262,18 @@ def calc_cond_batch(executor: Any, *args: Any, **kwargs: Any) -> Any:
         return executor(*args, **kwargs)  # what the prompts have in one call stays together
     routable = can_route(conds) and "cache" not in state.shared.techniques
     layout = state.choose(2 if routable else 1)
-    if layout is None or layout.cfg == 1 or not routable:
+    if layout is None:
         return executor(*args, **kwargs)
+    with _divided_memory(model, layout.ranks):
+        if layout.cfg == 1 or not routable:
+            return executor(*args, **kwargs)
+        return _routed(state, executor, given)
+
+
+def _routed(state: ParallelRun, executor: Any, given: dict[str, Any]) -> Any:
+    """Two conditionings at once, on two branches; one after the other where that fails."""
+    model, conds, model_options = given["model"], given["conds"], given["model_options"]
+    assert state.shared is not None
 
     def branch(number: int) -> Any:
         own = [cond if i == number else None for i, cond in enumerate(conds)]
@@ -290,18 +301,75 @@ def calc_cond_batch(executor: Any, *args: Any, **kwargs: Any) -> Any:
         state.stop_sharing(no_workers(error))
     finally:
         state.baton = None
-    return executor(*args, **kwargs)
+    return executor(model, conds, given["x_in"], given["timestep"], model_options)
+
+
+def prepare_sampling(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    """PREPARE_SAMPLING wrapper: workers load while this process does, and it needs its part only.
+
+    Activations are divided by the ranks, so that ComfyUI keeps as much of the weights here as the
+    workers do there.
+    """
+    names = ("model", "noise_shape", "conds", "model_options")
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    state = _state((given["model_options"] or {}).get("transformer_options"))
+    if state is None or state.shared is None:
+        return executor(*args, **kwargs)
+    state.begin_workers(given["noise_shape"])
+    with _divided_memory(given["model"].model, state.least_ranks):
+        return executor(*args, **kwargs)
+
+
+@contextmanager
+def _divided_memory(model: Any, ranks: int) -> Iterator[None]:
+    """Have `model` (a BaseModel) say that a call needs 1/ranks of the memory, for a while."""
+    whole = model.memory_required
+
+    def memory_required(*args: Any, **kwargs: Any) -> Any:
+        return whole(*args, **kwargs) / ranks
+
+    before = model.__dict__.get("memory_required")
+    model.memory_required = memory_required
+    try:
+        yield
+    finally:
+        del model.memory_required
+        if before is not None:
+            model.memory_required = before
+
+
+def sampler_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    """SAMPLER_SAMPLE wrapper: the run is over when the device has done what it was given."""
+    result = executor(*args, **kwargs)
+    extra_args = kwargs["extra_args"] if "extra_args" in kwargs else args[2]
+    state = _state(extra_args["model_options"].get("transformer_options"))
+    if state is not None:
+        state.settle()
+    return result
+
+
+def _busy_devices(workers: Sequence[str]) -> list[str]:
+    """Devices of workers that a model of this process is on too."""
+    return [name for name in worker_host.devices_in_use() if name in workers]
 
 
 def _detached(patcher: Any, unpatch_all: bool) -> None:
-    """ON_DETACH: /free unloads workers too. Not when a newer clone takes over (unpatch_all)."""
+    """ON_DETACH: /free takes the model off the workers' devices too.
+
+    Not when a newer clone takes over (unpatch_all), nor when ComfyUI makes room for another model
+    while a prompt runs: a worker's own memory management does that where it must.
+    """
     recipe = worker_host.recipe(patcher, OWN_PACKAGE)
-    if unpatch_all and isinstance(recipe, worker_host.Recipe):
-        pool().unload(_key(recipe, encode(recipe.arguments, [], "a loader argument")))
+    if not unpatch_all or worker_host.is_prompt_running():
+        return
+    if isinstance(recipe, worker_host.Recipe):
+        pool().park(_key(recipe, encode(recipe.arguments, [], "a loader argument")))
 
 
 _WRAPPERS = {
     "diffusion_model": diffusion_model,
     "apply_model": apply_model,
     "calc_cond_batch": calc_cond_batch,
+    "prepare_sampling": prepare_sampling,
+    "sampler_sample": sampler_sample,
 }

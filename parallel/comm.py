@@ -99,6 +99,7 @@ class Pending:
 
     def wait(self) -> list[torch.Tensor]:
         _wait(self._group.works.pop(id(self), None))
+        self._group.check()
         self._keep = None
         sizes = [torch.Size(shape).numel() for shape in self._shapes]
         parts = self._flat.split(sizes)
@@ -130,6 +131,7 @@ class Group:
     ):
         self.rank, self.world, self.backend, self.clock = rank, world, backend, clock
         self.works: dict[int, Any] = {}  # of the Pendings; a work keeps its group's sockets open
+        self._is_aborted = False
         build = _gloo if backend == GLOO else _nccl
         try:
             self._group: Any = build(
@@ -139,17 +141,28 @@ class Group:
             raise TransportError(f"group {name} of {world} ranks: {error}") from error
 
     def close(self) -> None:
+        self.abort()
         self.works.clear()
         self._group = None
 
     def abort(self) -> None:
-        """Make this rank's own waiting collectives fail (NCCL only, unverified)."""
-        if self._group is not None and self.backend == NCCL:
-            self._group.abort()
+        """End this rank's own waiting collectives, from any thread (NCCL only, unverified).
+
+        Its peers must do the same: an NCCL kernel does not notice that another one is gone. What
+        the collectives were to fill is void.
+        """
+        group = self._group
+        if group is not None and self.backend == NCCL and not self._is_aborted:
+            self._is_aborted = True
+            group.abort()
+
+    def check(self) -> None:
+        """Raise TransportError if the group was closed or aborted."""
+        if self._group is None or self._is_aborted:
+            raise TransportError(f"the group was {'aborted' if self._is_aborted else 'closed'}")
 
     def _call(self, method: str, *args: Any) -> Any:
-        if self._group is None:
-            raise TransportError("the group was closed")
+        self.check()
         try:
             return getattr(self._group, method)(*args)
         except RuntimeError as error:
@@ -209,6 +222,29 @@ class Group:
         )
         self.clock.bytes_sent += (sum(sends) - sends[self.rank]) * size
         return pending
+
+
+class Marker:
+    """A place in the work that a device was given: done once the device has come to it."""
+
+    def __init__(self, device: torch.device):
+        self._event: Any = None
+        if device.type == "cuda":
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(device))
+
+    def is_done(self) -> bool:
+        """A device that has failed counts as done: whoever waits for it is told."""
+        try:
+            return self._event is None or self._event.query()
+        except RuntimeError:
+            return True
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for all work of a device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:

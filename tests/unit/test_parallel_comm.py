@@ -13,7 +13,6 @@ from slipstream.parallel.comm import NCCL_ENVIRONMENT, Clock, Group, TransportEr
 from slipstream.parallel.mesh import Layout
 from slipstream.parallel.ring import merge, partial_attention
 from slipstream.parallel.serve import Server
-from slipstream.parallel.watch import Watch
 
 DTYPES = [
     torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int8, torch.bool,
@@ -322,25 +321,3 @@ def test_rows_without_any_key_are_zero():
     out, lse = partial_attention(q, k, v, mask=torch.zeros(5, 9, dtype=torch.bool))
     merged, _ = merge(None, None, out, lse)
     assert torch.equal(merged, torch.zeros_like(merged))
-
-
-def test_the_watch_aborts_groups_when_a_worker_dies():
-    """NCCL needs it; here with stand-ins, because nobody could run NCCL."""
-
-    class FakeLinks:
-        backend, aborted = "nccl", 0
-
-        def abort(self):
-            self.aborted += 1
-
-    class FakeWorker:
-        is_alive = True
-
-    links, worker, watch = FakeLinks(), FakeWorker(), Watch()
-    with watch.over(links, [worker], 60):
-        time.sleep(0.4)
-    assert links.aborted == 0
-    with watch.over(links, [worker], 60):
-        worker.is_alive = False
-        time.sleep(0.5)
-    assert links.aborted == 1

@@ -30,6 +30,7 @@ def test_a_loader_argument_that_is_a_device_is_the_workers_own(monkeypatch):
     seen = []
     monkeypatch.setattr(worker_host, "load", lambda recipe, package: seen.append(recipe))
     monkeypatch.setattr(worker_host, "weights_print", lambda patcher, names: {})
+    monkeypatch.setattr(worker_host, "peak_bytes", lambda device: None)
     options = {"load_device": torch.device("cuda:1"), "offload_device": torch.device("cpu")}
     arguments = encode(("model.safetensors", options), [], "a loader argument")
     models = worker.LoadedModels(torch.device("cuda:0"))

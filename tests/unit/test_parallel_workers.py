@@ -447,6 +447,12 @@ class ThreadHandle:
     def log_tail(self):
         return ""
 
+    def news(self):
+        return []
+
+    def abort(self, epoch):
+        pass
+
     def kill(self):
         self.channel.close()
         self._thread.join()

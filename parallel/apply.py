@@ -29,6 +29,7 @@ from .model_facts import (
 from .network_call import NetworkCall
 from .payload import encode_patches, walk_patches
 from .pool import Model, Pool
+from .probe import LinkCheck
 from .route import BRANCH, Baton, can_route, run_both
 from .run_state import ParallelRun, no_workers
 from .runs import KEY, NAME
@@ -43,7 +44,8 @@ OWN_PACKAGE = (__package__ or "").rpartition(".")[0]
 @cache
 def pool() -> Pool:
     """The worker processes of this ComfyUI; none runs until a run needs one."""
-    return Pool(is_cancelled=worker_host.is_interrupted)
+    check = LinkCheck(host.user_folder())
+    return Pool(is_cancelled=worker_host.is_interrupted, check_links=check.environment)
 
 
 @dataclass(frozen=True)

@@ -138,8 +138,8 @@ class Unload:
 
 @dataclass(frozen=True)
 class Ping:
-    """Are you there? Answer: {"models": number of models, "private_bytes": of the process alone,
-    "device_bytes": peak since the last question; both None where unknown}."""
+    """Are you there? Answer: {"models": how many, "num_on_device": of them, "private_bytes": of
+    the process alone, "device_bytes": peak since the last question; both None where unknown}."""
 
 
 @dataclass(frozen=True)

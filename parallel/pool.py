@@ -44,6 +44,7 @@ from .watch import Watch
 from .wire import Meta, encode
 from .workers import Meanwhile, Worker, WorkerError, ask, collect, failure, is_there, recover
 
+CheckLinks = Callable[[Sequence[str]], tuple[dict[str, str], str]]
 _LOAD_TIMEOUT_S = 1800  # a worker that dies while it loads is noticed at once
 _QUIET_TIMEOUT_S = 10
 _MAX_GRACE_S = 10
@@ -74,6 +75,7 @@ class Pool:
         self,
         launcher: Callable[[], Launcher] | None = None,
         is_cancelled: Callable[[], bool] = lambda: False,
+        check_links: CheckLinks = lambda devices: ({}, ""),
     ):
         self.crew = Crew(launcher or (lambda: LocalLauncher(WORKER_PROGRAM)))
         self._links: dict[tuple[Layout, float], Links] = {}  # by layout and timeout
@@ -81,7 +83,8 @@ class Pool:
         self._to_unload: set[str] = set()
         self._followed: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
         self._watch = Watch()
-        self._is_cancelled = is_cancelled
+        self._is_cancelled, self._check_links = is_cancelled, check_links
+        self._checked: set[tuple[str, ...]] = set()  # pairs of GPUs
         self.link_bytes_per_s: float | None = None
         self._clock = Clock(torch.device("cpu"))
 
@@ -118,6 +121,7 @@ class Pool:
             if not self.workers:
                 atexit.unregister(self.close)  # of workers that have all been lost
                 atexit.register(self.close)
+            self._check(devices)
             for _ in range(2):  # again if one has left between two prompts, just as it was asked
                 if self.crew.require(devices[1:], setting, meanwhile=meanwhile, progress=progress):
                     self._drop_links()
@@ -126,6 +130,17 @@ class Pool:
                 if not left:
                     break
             self._load(wanted, model, meanwhile)
+
+    def _check(self, devices: Sequence[str]) -> None:
+        """Before anything of NCCL runs in this process or in new workers, which inherit."""
+        pair = tuple(devices[:2])
+        if pair in self._checked or self._backend_of(devices) != NCCL:
+            return
+        environment, sentence = self._check_links(pair)
+        os.environ.update(environment)
+        if sentence:
+            log.warning("%s", sentence)
+        self._checked.add(pair)
 
     def begin_run(self, devices: Sequence[str], model: Model, facts: RunFacts) -> None:
         """Have the workers put the model on their devices, while this process does the same.
@@ -208,7 +223,7 @@ class Pool:
             name = "-".join(map(str, (self._epoch, *degrees, setting.timeout_s)))
             path = str(self.crew.folder / f"store-{name}")
             members = self.workers[: layout.world - 1]
-            backend = self._backend(device, members)
+            backend = self._backend_of([str(device), *(w.device for w in members)])
             for process, worker in enumerate(members, 1):
                 worker.send(
                     Groups(self._epoch, name, path, process, degrees, backend, setting.timeout_s)
@@ -229,8 +244,8 @@ class Pool:
             links, members, epoch=self._epoch, timeout_s=timeout_s, is_cancelled=self._is_cancelled
         )
 
-    def _backend(self, device: torch.device, members: Sequence[Worker]) -> str:
-        on_gpus = device.type == "cuda" and all(w.device != "cpu" for w in members)
+    def _backend_of(self, devices: Sequence[str]) -> str:
+        on_gpus = all(device != "cpu" for device in devices)
         return NCCL if on_gpus and dist.is_nccl_available() and os.name != "nt" else GLOO
 
     def _measure(self, links: Links, name: str, setting: Setting) -> None:

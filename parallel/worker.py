@@ -112,6 +112,7 @@ class LoadedModels:
     def facts(self) -> dict[str, Any]:
         return {
             "models": len(self._bases),
+            "num_on_device": worker_host.num_loaded(),
             "private_bytes": private_bytes(),
             "device_bytes": worker_host.peak_bytes(self._device),
         }

@@ -28,7 +28,7 @@ class Interrupted(Exception):  # noqa: N818
 @pytest.fixture
 def late(monkeypatch):
     """A pool whose groups have NCCL's semantics; `stream` is what this process's device does."""
-    monkeypatch.setattr(Pool, "_backend", lambda self, device, members: "nccl")
+    monkeypatch.setattr(Pool, "_backend_of", lambda self, devices: "nccl")
     late_group.asked(monkeypatch)
     cancelled = threading.Event()
     threads = torch.get_num_threads()

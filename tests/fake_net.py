@@ -78,6 +78,8 @@ def break_down(kind, where, *, is_shared):
         raise pack("parallel.shards").PlanError("injected misfit")
     if kind == "exit":
         os._exit(7)
+    if kind == "warn":
+        print("WARNING: the moon is full", flush=True)
     if kind == "memory":
         raise torch.OutOfMemoryError("injected: CUDA out of memory")
     if kind == "hang":

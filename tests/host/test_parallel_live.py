@@ -13,6 +13,7 @@ from slipstream.backends.cache.apply import apply_cache
 from slipstream.backends.cache.config import CacheConfig
 from slipstream.backends.conflicts import ConflictError
 from slipstream.backends.run import run_log
+from slipstream.parallel import workers as workers_module
 from slipstream.parallel.apply import apply_parallel, pool
 from slipstream.parallel.config import ParallelError, SequenceParallelConfig
 from slipstream.parallel.messages import Ping
@@ -283,6 +284,33 @@ def test_room_for_another_model_leaves_the_workers_alone():
     with CurrentNodeContext("prompt", "node"):
         tiny.sample(shared, "wan")
     assert report(shared)["calls_local"] == 0
+
+
+def test_two_experts_are_loaded_once_in_three_prompts(monkeypatch):
+    """Wan 2.2: high and low noise take turns, and each makes room for the other."""
+    import comfy.model_management as management
+    from comfy_execution.utils import CurrentNodeContext
+
+    sent = []
+    send = workers_module.Worker.send
+
+    def record(worker, message, tensors=()):
+        sent.append((worker.number, type(message).__name__, getattr(message, "key", "")))
+        send(worker, message, tensors)
+
+    monkeypatch.setattr(workers_module.Worker, "send", record)
+    experts = [patched(tiny.load("wan", heads=3, seed=seed)) for seed in (91, 92)]
+    for _ in range(3):
+        for expert in experts:
+            with CurrentNodeContext("prompt", "node"):
+                management.free_memory(1e15, expert.load_device)
+                tiny.sample(expert, "wan", steps=2)
+            assert report(expert)["calls_local"] == 0
+    loads = [(number, key) for number, kind, key in sent if kind == "Load"]
+    assert len(loads) == len(set(loads)) == 2 * len(pool().workers)
+    assert not [
+        one for one in sent if one[1] in ("Unload", "Park") and one[2] in dict(loads).values()
+    ]
 
 
 def test_a_model_that_nobody_has_any_more_leaves_the_workers():

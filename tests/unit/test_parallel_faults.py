@@ -1,17 +1,25 @@
 """What goes wrong between processes, and the one sentence that the node shows for it."""
 
 import atexit
+import gc
 import os
+import sys
+import threading
+import types
+from pathlib import Path
 
 import pytest
 import torch
+from forked_ranks import run_ranks
 from parallel_session import PROGRAM, Session, close, fails, pids
 from slipstream.backends import worker_host
 from slipstream.parallel import worker
 from slipstream.parallel.comm import TransportError
 from slipstream.parallel.launcher import LocalLauncher, StartFailed
+from slipstream.parallel.mesh import Layout
 from slipstream.parallel.messages import Load
 from slipstream.parallel.pool import Pool
+from slipstream.parallel.report import Counts, section
 from slipstream.parallel.wire import encode
 from slipstream.parallel.workers import WorkerError, recover
 
@@ -30,7 +38,7 @@ def test_a_loader_argument_that_is_a_device_is_the_workers_own(monkeypatch):
     seen = []
     monkeypatch.setattr(worker_host, "load", lambda recipe, package: seen.append(recipe))
     monkeypatch.setattr(worker_host, "weights_print", lambda patcher, names: {})
-    monkeypatch.setattr(worker_host, "peak_bytes", lambda device: None)
+    monkeypatch.setattr(worker.LoadedModels, "facts", lambda self: {})
     options = {"load_device": torch.device("cuda:1"), "offload_device": torch.device("cpu")}
     arguments = encode(("model.safetensors", options), [], "a loader argument")
     models = worker.LoadedModels(torch.device("cuda:0"))
@@ -81,3 +89,103 @@ def test_groups_end_before_the_interpreter(monkeypatch):
     assert not pool.workers
     assert before
     assert at_exit == []
+
+
+def test_ten_thousand_exchanges_leave_nothing_behind():
+    def body(rank):
+        group = rank.links(Layout(ulysses=2), "g").mesh.main
+        one = torch.ones(8)
+
+        def exchange(count):
+            for _ in range(count):
+                group.exchange([one] * 2, [(8,)] * 2).wait()
+            return (
+                len(list(Path("/proc/self/fd").iterdir())), threading.active_count(),
+                len(group.works), sum(type(o).__name__ == "Work" for o in gc.get_objects()),
+            )  # fmt: skip
+
+        return exchange(100), exchange(10_000)
+
+    for before, after in run_ranks(2, body, timeout_s=120):
+        assert after == before
+
+
+def test_warnings_of_workers_reach_comfyuis_log(caplog):
+    pool = Pool(lambda: LocalLauncher(PROGRAM))
+    try:
+        session = Session(pool, 2)
+        session.call(fault=("warn", pool_number(pool)))
+        with caplog.at_level("WARNING", "slipstream"):
+            pool.end_run()
+        assert "worker 1: the moon is full" in caplog.text
+        caplog.clear()
+        pool.end_run()
+        assert "the moon" not in caplog.text
+        assert "is up" not in caplog.text, "what is no warning stays in the file"
+    finally:
+        pool.close()
+
+
+def pool_number(pool):
+    """The number that the pool's next worker will have for its launcher."""
+    return 1 if not pool.workers else pool.workers[0].handle.number
+
+
+def test_the_report_has_the_workers_memory():
+    facts = [{"device_bytes": 3 << 30, "private_bytes": 7, "models": 1}]
+    found = section(Counts(workers=2, shared=4, memory=facts))
+    assert found.json["worker_device_bytes"] == [3 << 30]
+    assert found.json["worker_private_bytes"] == [7]
+    assert "peak of the workers' devices: 3.0 GiB" in found.lines
+
+
+def test_models_on_a_workers_device_are_parked_where_comfyui_needs_it():
+    pool = Pool(lambda: LocalLauncher(PROGRAM))
+    try:
+        session = Session(pool, 2)
+        session.call()
+        object.__setattr__(session.state.shared, "busy_devices", lambda: ["cpu"])
+        sent = []
+        for worker in pool.workers:
+            send = worker.send
+
+            def record(message, tensors=(), send=send):
+                sent.append(message)
+                send(message, tensors)
+
+            worker.send = record
+        session.state.section()
+        session.state.close()
+        assert [type(m).__name__ for m in sent] == ["EndRun", "Park"]
+    finally:
+        pool.close()
+
+
+def test_dynamic_vram_begins_in_a_worker_as_in_comfyui(monkeypatch):
+    """The options of three protocols of comfy-aimdo, newest first (main.py of 0.33)."""
+
+    class Args:
+        reserve_vram, disable_nvml_pressure = 2.0, False
+
+    def control(*names):
+        def init(**options):
+            if set(options) - set(names):
+                raise TypeError("unexpected keyword")
+            seen.append(options)
+
+        found = types.ModuleType("comfy_aimdo.control")
+        found.init = init
+        package = types.ModuleType("comfy_aimdo")
+        package.control = found
+        monkeypatch.setitem(sys.modules, "comfy_aimdo", package)
+        monkeypatch.setitem(sys.modules, "comfy_aimdo.control", found)
+
+    seen = []
+    for names in (("simple_vram_headroom", "nvml_pressure"), ("simple_vram_headroom",), ()):
+        control(*names)
+        worker_host._init_aimdo(Args)
+    assert seen == [
+        {"simple_vram_headroom": 2 << 30, "nvml_pressure": True},
+        {"simple_vram_headroom": 2 << 30},
+        {},
+    ]

@@ -199,7 +199,7 @@ class ParallelRun:
             raise Cancelled  # nothing may be repaired before the fault has been dealt with
         if self._are_ready():
             return True
-        is_too_late = self.decisions.lost(call)
+        is_too_late = self.counts.shared > 0 and self.decisions.lost(call)
         shared.pool.prepare(
             shared.devices, shared.setting, shared.model, meanwhile=shared.meanwhile
         )

@@ -307,7 +307,7 @@ def test_two_experts_are_loaded_once_in_three_prompts(monkeypatch):
                 tiny.sample(expert, "wan", steps=2)
             assert report(expert)["calls_local"] == 0
     loads = [(number, key) for number, kind, key in sent if kind == "Load"]
-    assert len(loads) == len(set(loads)) == 2 * len(pool().workers)
+    assert len(loads) == len(set(loads)) == 2 * len({number for number, _ in loads})
     assert not [
         one for one in sent if one[1] in ("Unload", "Park") and one[2] in dict(loads).values()
     ]

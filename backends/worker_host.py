@@ -5,7 +5,6 @@ without server, nodes and custom nodes, and repeats the loading. Facts hold for 
 """
 
 import enum
-import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -178,6 +177,44 @@ def raise_if_interrupted() -> None:
     management.throw_exception_if_processing_interrupted()
 
 
+def is_interrupted() -> bool:
+    """Whether the user has pressed Cancel; leaves it so."""
+    import comfy.model_management as management
+
+    return bool(management.processing_interrupted())
+
+
+def is_prompt_running() -> bool:
+    """Whether this thread executes a node: what is unloaded meanwhile makes room for another."""
+    from comfy_execution.utils import get_executing_context
+
+    return get_executing_context() is not None
+
+
+def devices_in_use() -> list[str]:
+    """The devices that ComfyUI's own models are on."""
+    import comfy.model_management as management
+
+    found = (str(one.device) for one in management.current_loaded_models)
+    return sorted({name for name in found if name.startswith("cuda")})
+
+
+def num_loaded() -> int:
+    """Models that ComfyUI has on a device."""
+    import comfy.model_management as management
+
+    return len(management.current_loaded_models)
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """The most that this process's tensors had on the device since the last question."""
+    if device.type != "cuda":
+        return None
+    found = torch.cuda.max_memory_reserved(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return found
+
+
 def interrupt(value: bool) -> None:
     """Make the running model call raise at its next operation, or take that back."""
     import comfy.model_management as management
@@ -211,10 +248,12 @@ def become_comfyui(folder: str, arguments: dict[str, Any]) -> None:
 
     for name, value in arguments.items():
         setattr(cli_args.args, name, _read(value, cli_args))
-    import comfy.model_management as management
+    if cli_args.enables_dynamic_vram():
+        _init_aimdo(cli_args.args)  # before anything allocates on the device, as main.py does
+    import comfy.model_management
     import comfy.sd
 
-    if cli_args.enables_dynamic_vram() and management.is_nvidia():
+    if _has_dynamic_vram(cli_args):
         _enable_dynamic_vram()
 
 
@@ -228,22 +267,50 @@ def _read(value: Any, cli_args: Any) -> Any:
     return set(read) if kind == "set" else list(read)
 
 
+def _init_aimdo(args: Any) -> None:
+    """With the options that this comfy-aimdo takes: 0.4.11, 0.4.10, or 0.4.9 with none."""
+    import comfy_aimdo.control as control  # type: ignore[import-not-found]
+
+    reserve = getattr(args, "reserve_vram", None)
+    headroom = None if reserve is None else int(reserve * 1024**3)
+    pressure = not getattr(args, "disable_nvml_pressure", False)
+    for options in (
+        {"simple_vram_headroom": headroom, "nvml_pressure": pressure},
+        {"simple_vram_headroom": headroom},
+        {},
+    ):
+        try:
+            control.init(**options)
+            return
+        except TypeError:
+            continue
+
+
+def _has_dynamic_vram(cli_args: Any) -> bool:
+    """As main.py decides (0.33): NVIDIA, ROCm 7.14, or where the user insists."""
+    import comfy.model_management as management
+
+    if getattr(cli_args.args, "enable_dynamic_vram", False):
+        return True
+    if not cli_args.enables_dynamic_vram():
+        return False
+    is_new_rocm = management.is_amd() and management.rocm_version >= (7, 14)
+    return bool(management.is_nvidia() or is_new_rocm)
+
+
 def _enable_dynamic_vram() -> None:
     import comfy.memory_management
     import comfy.model_management as management
     import comfy.model_patcher
-    import comfy_aimdo.control as control  # type: ignore[import-not-found]
+    import comfy_aimdo.control as control
     from comfy.cli_args import args
 
+    devices = [device.index for device in management.get_all_torch_devices()]
+    headroom = int(getattr(args, "vram_headroom", 0) * 1024**3)
     try:
-        control.init()
-        headroom = int(args.vram_headroom * 1024**3)
-        ready = control.init_devices(
-            (d.index, headroom) for d in management.get_all_torch_devices()
-        )
-    except TypeError as error:  # another protocol of comfy-aimdo
-        logging.warning("dynamic VRAM is off in this worker: %s", error)
-        return
+        ready = control.init_devices((index, headroom) for index in devices)
+    except TypeError:  # comfy-aimdo 0.4.9
+        ready = control.init_devices(iter(devices))
     if ready:
         comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
         comfy.memory_management.aimdo_enabled = True

@@ -2,12 +2,12 @@
 
     ./run --doctor      or, with ComfyUI's Python,      python bench doctor
 
-Starts two short-lived processes to measure the loopback links; changes nothing.
+Starts pairs of short-lived processes that exchange over the links; changes nothing.
 """
 
 import argparse
+import itertools
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -17,25 +17,19 @@ import torch
 import torch.distributed as dist
 
 from ..backends.architectures.plans import PLANS, REFUSED
-from ..parallel.comm import GLOO, NCCL, Clock, TransportError
+from ..parallel.comm import GLOO, NCCL
 from ..parallel.config import SequenceParallelConfig, choose_devices
-from ..parallel.mesh import Layout, Links
+from ..parallel.probe import exchange
 from .environment import environment
-from .setup_env import PACK_ROOT, find_comfyui
+from .setup_env import find_comfyui
 
 _PROBE_BYTES = 32 << 20
 _TIMEOUT_S = 60
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the report; with --peer, be one end of the loopback measurement."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--peer", nargs=2, metavar=("STORE", "RANK"), help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    if options.peer:
-        store, rank = options.peer
-        print(loopback(store, int(rank)), flush=True)
-        return 0
+    """Print the report."""
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args(arguments)
     for title, lines in (
         ("Versions", versions()),
         ("Devices", devices()),
@@ -89,9 +83,20 @@ def links() -> list[str]:
             if a != b:
                 peer = "peer access" if torch.cuda.can_device_access_peer(a, b) else "through host"
                 lines.append(f"cuda:{a} -> cuda:{b}: {peer}, {copy_rate(a, b) / 1e9:.1f} GB/s")
-    rate = measure_loopback()
-    lines.append(f"gloo over loopback, between two processes: {rate}")
+    if dist.is_nccl_available() and os.name != "nt":
+        for a, b in itertools.combinations(range(count), 2):
+            pair = (f"cuda:{a}", f"cuda:{b}")
+            lines.append(f"NCCL between {' and '.join(pair)}: {measured(pair, NCCL)}")
+    lines.append(f"gloo between two processes: {measured(('cpu', 'cpu'), GLOO)}")
     return lines
+
+
+def measured(pair: Sequence[str], backend: str) -> str:
+    """What two processes on these devices really exchange, or why they cannot."""
+    found = exchange(pair, backend, num_bytes=_PROBE_BYTES, limit_s=_TIMEOUT_S)
+    if found.bytes_per_s is None:
+        return f"no exchange in {_TIMEOUT_S} s ({found.failure})"
+    return f"{found.bytes_per_s / 1e9:.2f} GB/s"
 
 
 def copy_rate(source: int, target: int) -> float:
@@ -106,43 +111,6 @@ def copy_rate(source: int, target: int) -> float:
     return data.nbytes / (time.perf_counter() - started)
 
 
-def measure_loopback() -> str:
-    """The rate between two processes, or why it could not be measured."""
-    with tempfile.TemporaryDirectory(prefix="slipstream-doctor-") as folder:
-        command = [sys.executable, str(PACK_ROOT / "bench"), "doctor", "--peer", f"{folder}/store"]
-        peers = [
-            subprocess.Popen(
-                [*command, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            )
-            for rank in range(2)
-        ]
-        try:
-            outputs = [peer.communicate(timeout=_TIMEOUT_S) for peer in peers]
-        except subprocess.TimeoutExpired:
-            return f"no answer in {_TIMEOUT_S} s: is loopback blocked by a firewall?"
-        finally:
-            for peer in peers:
-                peer.kill()
-    if any(peer.returncode for peer in peers):
-        return outputs[0][1].strip().splitlines()[-1]
-    return f"{float(outputs[0][0]) / 1e9:.2f} GB/s"
-
-
-def loopback(store: str, rank: int) -> float:
-    """Bytes per second that one of two ranks sends while both do."""
-    clock = Clock(torch.device("cpu"))
-    torch.set_num_threads(1)
-    found = Links(
-        Layout(ulysses=2), rank, dist.FileStore(store, 2),
-        name="doctor", backend=GLOO, timeout_s=_TIMEOUT_S, clock=clock,
-    )  # fmt: skip
-    assert found.mesh is not None
-    try:
-        return found.mesh.measure(_PROBE_BYTES)
-    except TransportError as error:
-        raise SystemExit(str(error)) from error
-
-
 def choices() -> list[str]:
     """What the node's automatic settings come to here."""
     names = gpu_names()
@@ -151,8 +119,9 @@ def choices() -> list[str]:
             "workers 0: run on one device, as without the node (there is no GPU)",
             "devices cpu,cpu: share a step between two CPU processes over gloo, to try it out",
         ]
-    found = [f"cuda:{i}" for i, name in enumerate(names) if name == names[0]]
-    chosen = choose_devices(SequenceParallelConfig(), found=found, own="cuda:0")
+    found = [f"cuda:{i}" for i in range(len(names))]
+    alike = [f"cuda:{i}" for i, name in enumerate(names) if name == names[0]]
+    chosen = choose_devices(SequenceParallelConfig(), found=found, alike=alike, own="cuda:0")
     backend = NCCL if dist.is_nccl_available() and os.name != "nt" else GLOO
     lines = [f"workers 0: {len(chosen)} processes on {', '.join(chosen)}, backend {backend}"]
     if backend == GLOO:

@@ -1,8 +1,7 @@
 """apply_parallel(model, config): sequence parallel on a clone of a MODEL; the glue to ComfyUI."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -10,23 +9,29 @@ from typing import Any
 import torch
 
 from ..backends import host, worker_host
-from ..backends.architectures import find
 from ..backends.architectures.tokens import TokenPlan
-from ..backends.calls import CALL, call_options
-from ..backends.run import Run, attach, attached, current
+from ..backends.run import Run, attach, attached
 from .config import ParallelError, SequenceParallelConfig, choose_devices
 from .crew import Setting
+from .launcher import StartFailed
 from .messages import Load
-from .model_facts import checked_plan, gpus_like, num_heads, plain_device, travelling
-from .network_call import NetworkCall
+from .model_facts import (
+    checked_plan,
+    gpus,
+    num_heads,
+    plain_device,
+    travelling,
+    why_one_device,
+)
 from .payload import encode_patches, walk_patches
 from .pool import Model, Pool
-from .route import BRANCH, Baton, can_route, run_both
-from .run_state import ParallelRun
+from .probe import LinkCheck
+from .run_state import ParallelRun, no_workers
 from .runs import KEY, NAME
-from .shards import PlanError
-from .shared import BeginAgain, Shared
+from .shared import Shared
 from .wire import Unsupported, encode, encode_plain
+from .workers import WorkerError
+from .wrappers import WRAPPERS
 
 OWN_PACKAGE = (__package__ or "").rpartition(".")[0]
 
@@ -34,7 +39,8 @@ OWN_PACKAGE = (__package__ or "").rpartition(".")[0]
 @cache
 def pool() -> Pool:
     """The worker processes of this ComfyUI; none runs until a run needs one."""
-    return Pool()
+    check = LinkCheck(host.user_folder())
+    return Pool(is_cancelled=worker_host.is_interrupted, check_links=check.environment)
 
 
 @dataclass(frozen=True)
@@ -51,10 +57,11 @@ class SequenceParallel:
         """
         network = host.diffusion_model(run.patcher)
         device = plain_device(run.patcher.load_device)
-        devices = choose_devices(self.config, found=gpus_like(device), own=str(device))
+        found, alike = gpus(device)
+        devices = choose_devices(self.config, found=found, alike=alike, own=str(device))
         if len(devices) == 1:
             if not self.config.workers and not self.config.device_names:
-                run.note("Sequence parallel found one device: it runs there as without the node")
+                run.note(why_one_device(device))
             return ParallelRun(run, self.config, None, "one device")
         plan = checked_plan(network)
         recipe = worker_host.recipe(run.patcher, OWN_PACKAGE)
@@ -91,12 +98,20 @@ class SequenceParallel:
             techniques=techniques,
             meanwhile=worker_host.raise_if_interrupted,
             memory_bytes=partial(worker_host.memory_required, run.patcher),
+            busy_devices=partial(_busy_devices, devices[1:]),
         )
         shared.pool.follow(run.patcher.model, model.load.key)
-        shared.pool.prepare(
-            devices, shared.setting, model,
-            meanwhile=shared.meanwhile, progress=worker_host.progress_bar(len(devices) - 1),
-        )  # fmt: skip
+        try:
+            shared.pool.prepare(
+                devices, shared.setting, model,
+                meanwhile=shared.meanwhile, progress=worker_host.progress_bar(len(devices) - 1),
+            )  # fmt: skip
+        except (StartFailed, WorkerError) as error:
+            if self.config.is_explicit:
+                raise
+            reason = no_workers(error)
+            run.note(reason)
+            return ParallelRun(run, self.config, None, reason)
         return ParallelRun(run, self.config, shared)
 
 
@@ -106,7 +121,7 @@ def apply_parallel(model: Any, config: SequenceParallelConfig) -> Any:
     Replaces its own earlier application. One worker leaves the model as it is.
     """
     patched = model.clone()
-    for kind in _WRAPPERS:
+    for kind in WRAPPERS:
         patched.remove_wrappers_with_key(kind, KEY)
     patched.remove_callbacks_with_key("on_detach_after", KEY)
     options = patched.model_options.setdefault("transformer_options", {})
@@ -117,7 +132,7 @@ def apply_parallel(model: Any, config: SequenceParallelConfig) -> Any:
             options["slipstream"] = attached_here
         return patched
     attach(patched, SequenceParallel(config))
-    for kind, wrapper in _WRAPPERS.items():
+    for kind, wrapper in WRAPPERS.items():
         patched.add_wrapper_with_key(kind, KEY, wrapper)
     patched.add_callback_with_key("on_detach_after", KEY, _detached)
     return patched
@@ -168,119 +183,19 @@ def _setting(config: SequenceParallelConfig, num_ranks: int) -> Setting:
     )
 
 
-# --- hooks of ComfyUI
-
-
-def _state(options: dict[str, Any] | None) -> ParallelRun | None:
-    run = current(options)
-    state = run.states.get(NAME) if run is not None else None
-    return state if isinstance(state, ParallelRun) else None
-
-
-def diffusion_model(executor: Any, *args: Any, **kwargs: Any) -> Any:
-    """DIFFUSION_MODEL wrapper: one call of the network."""
-    options = call_options(args, kwargs)
-    state = _state(options)
-    if state is None:
-        return executor(*args, **kwargs)
-    assert options is not None
-    try:
-        call = NetworkCall.of(executor.original, args, kwargs)
-    except Unsupported as error:
-        return state.alone(str(error), options[CALL], lambda: executor(*args, **kwargs))
-    return state.call(executor, call, executor.original.__name__, executor.class_obj)
-
-
-def apply_model(executor: Any, *args: Any, **kwargs: Any) -> Any:
-    """APPLY_MODEL wrapper, for networks that run no DIFFUSION_MODEL wrappers (SD3, OmniGen2).
-
-    Their forward is taken over for one call.
-    """
-    options = call_options(args, kwargs)
-    state = _state(options)
-    network = executor.class_obj.diffusion_model
-    architecture = find(network)
-    wraps = architecture is None or architecture.notes.diffusion_model_wrappers
-    if state is None or wraps or "forward" in network.__dict__:
-        return executor(*args, **kwargs)
-    assert options is not None
-    state.prepare(options[CALL], network, options)
-    try:
-        with _taken_over(network, state):
-            return executor(*args, **kwargs)
-    except BeginAgain as again:
-        reason = again.reason
-    if reason:
-        options[CALL].num_ranks = 1
-        return state.alone(reason, options[CALL], lambda: executor(*args, **kwargs))
-    with _taken_over(network, state):
-        return executor(*args, **kwargs)
-
-
-@contextmanager
-def _taken_over(network: torch.nn.Module, state: ParallelRun) -> Iterator[None]:
-    original = network.forward
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        call = NetworkCall.of(original, args, kwargs)
-        return state.call(original, call, "forward", network, is_decided=True)
-
-    network.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        del network.__dict__["forward"]
-
-
-def calc_cond_batch(executor: Any, *args: Any, **kwargs: Any) -> Any:
-    """CALC_COND_BATCH wrapper: chooses the layout, and runs two conditionings on two branches."""
-    names = ("model", "conds", "x_in", "timestep", "model_options")
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    model, conds, model_options = given["model"], given["conds"], given["model_options"]
-    state = _state(model_options.get("transformer_options"))
-    if state is None or state.shared is None or state.baton is not None:
-        return executor(*args, **kwargs)
-    if state.refusal(model.diffusion_model, model_options["transformer_options"]) is not None:
-        return executor(*args, **kwargs)  # what the prompts have in one call stays together
-    routable = can_route(conds) and "cache" not in state.shared.techniques
-    layout = state.choose(2 if routable else 1)
-    if layout is None or layout.cfg == 1 or not routable:
-        return executor(*args, **kwargs)
-
-    def branch(number: int) -> Any:
-        own = [cond if i == number else None for i, cond in enumerate(conds)]
-        options = model_options["transformer_options"]
-        marked = {**model_options, "transformer_options": {**options, BRANCH: number}}
-        return executor(model, own, given["x_in"], given["timestep"], marked)[number]
-
-    state.baton = Baton()
-    try:
-        with state.recovered():
-            return list(
-                run_both(
-                    state.baton,
-                    lambda: branch(0),
-                    lambda: branch(1),
-                    device=state.shared.device,
-                    stop_first=worker_host.interrupt,
-                )
-            )
-    except PlanError as error:
-        state.stop_sharing(str(error))
-    finally:
-        state.baton = None
-    return executor(*args, **kwargs)
+def _busy_devices(workers: Sequence[str]) -> list[str]:
+    """Devices of workers that a model of this process is on too."""
+    return [name for name in worker_host.devices_in_use() if name in workers]
 
 
 def _detached(patcher: Any, unpatch_all: bool) -> None:
-    """ON_DETACH: /free unloads workers too. Not when a newer clone takes over (unpatch_all)."""
+    """ON_DETACH: /free takes the model off the workers' devices too.
+
+    Not when a newer clone takes over (unpatch_all), nor when ComfyUI makes room for another model
+    while a prompt runs: a worker's own memory management does that where it must.
+    """
     recipe = worker_host.recipe(patcher, OWN_PACKAGE)
-    if unpatch_all and isinstance(recipe, worker_host.Recipe):
-        pool().unload(_key(recipe, encode(recipe.arguments, [], "a loader argument")))
-
-
-_WRAPPERS = {
-    "diffusion_model": diffusion_model,
-    "apply_model": apply_model,
-    "calc_cond_batch": calc_cond_batch,
-}
+    if not unpatch_all or worker_host.is_prompt_running():
+        return
+    if isinstance(recipe, worker_host.Recipe):
+        pool().park(_key(recipe, encode(recipe.arguments, [], "a loader argument")))

@@ -146,6 +146,7 @@ def options_of_part(
 ) -> dict[str, Any]:
     """transformer_options of this rank's part of a call: ComfyUI prefetches nothing, keeps no keys
     from call to call (each rank has its own part of them), and attention is `attention`."""
+    # A rank that leaves a call early (EarlyExit) would leave staged weights in ComfyUI's queue.
     ours = {"optimized_attention_override": attention, "prefetch_dynamic_vbars": False}
     return whole_sequence(find(network), {**options, **ours})
 

@@ -69,6 +69,19 @@ class Channel:
             if deadline is not None and time.monotonic() >= deadline:
                 raise TimeoutError
 
+    @property
+    def waitable(self) -> Any:
+        """What multiprocessing.connection.wait takes."""
+        return self._connection
+
+    @property
+    def has_news(self) -> bool:
+        """Whether `recv` would not wait; also where the other end is gone."""
+        try:
+            return self._connection.poll(0)
+        except (EOFError, OSError, ValueError):
+            return True
+
     def close(self) -> None:
         self._connection.close()
 

@@ -10,6 +10,7 @@ blocked gloo peers fail at once (torch 2.11: abort() and shutdown() leave them w
 import contextlib
 import os
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
@@ -21,6 +22,19 @@ from ..backends.compiler import unrecorded
 from ..backends.errors import SlipstreamError
 
 GLOO, NCCL = "gloo", "nccl"
+_MAX_EVENTS = 512
+# Torch's own watchdog writes dumps, sleeps for minutes and ends the process at a collective's
+# timeout (ProcessGroupNCCL, torch 2.11: Watchdog::runLoop, HeartbeatMonitor::runLoop), and
+# rethrows CUDA errors in its thread. ComfyUI's process must live: watch.py decides about time.
+# Read when a group is built.
+NCCL_ENVIRONMENT = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+    "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "0",
+    "TORCH_NCCL_RETHROW_CUDA_ERRORS": "0",
+}
+_NCCL_TIMEOUT = timedelta(days=10)  # longer than the watchdog will ever have to look
 
 
 class TransportError(SlipstreamError, RuntimeError):
@@ -28,23 +42,31 @@ class TransportError(SlipstreamError, RuntimeError):
 
 
 class Clock:
-    """Seconds per kind of waiting on one device, and bytes sent; CUDA is timed by events."""
+    """Seconds per kind of waiting on one device, and bytes sent; CUDA is timed by events.
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    is_timing: False where nobody reads the seconds, as on workers.
+    """
+
+    def __init__(self, device: torch.device, *, is_timing: bool = True):
+        self.device, self.is_timing = device, is_timing
         self.bytes_sent = 0
         self._seconds: dict[str, float] = {}
-        self._events: list[tuple[str, Any, Any]] = []
+        self._events: deque[tuple[str, Any, Any]] = deque()
 
     @contextlib.contextmanager
     def measure(self, kind: str) -> Iterator[None]:
         """Add the time inside to `kind`."""
+        if not self.is_timing:
+            yield
+            return
         if self.device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             yield
             end.record()
             self._events.append((kind, start, end))
+            if len(self._events) > _MAX_EVENTS:
+                self._fold()
             return
         started = time.perf_counter()
         yield
@@ -55,11 +77,16 @@ class Clock:
 
     def seconds(self) -> dict[str, float]:
         """Seconds by kind so far; waits for the device."""
-        for kind, start, end in self._events:
+        for *_, end in self._events:
             end.synchronize()
-            self._add(kind, start.elapsed_time(end) / 1000)
-        self._events.clear()
+        self._fold()
         return dict(self._seconds)
+
+    def _fold(self) -> None:
+        """Add up what the device has done; events of work under way stay."""
+        while self._events and self._events[0][-1].query():
+            kind, start, end = self._events.popleft()
+            self._add(kind, start.elapsed_time(end) / 1000)
 
 
 class Pending:
@@ -72,6 +99,7 @@ class Pending:
 
     def wait(self) -> list[torch.Tensor]:
         _wait(self._group.works.pop(id(self), None))
+        self._group.check()
         self._keep = None
         sizes = [torch.Size(shape).numel() for shape in self._shapes]
         parts = self._flat.split(sizes)
@@ -103,6 +131,7 @@ class Group:
     ):
         self.rank, self.world, self.backend, self.clock = rank, world, backend, clock
         self.works: dict[int, Any] = {}  # of the Pendings; a work keeps its group's sockets open
+        self._is_aborted = False
         build = _gloo if backend == GLOO else _nccl
         try:
             self._group: Any = build(
@@ -112,17 +141,28 @@ class Group:
             raise TransportError(f"group {name} of {world} ranks: {error}") from error
 
     def close(self) -> None:
+        self.abort()
         self.works.clear()
         self._group = None
 
     def abort(self) -> None:
-        """Make this rank's own waiting collectives fail (NCCL only, unverified)."""
-        if self._group is not None and self.backend == NCCL:
-            self._group.abort()
+        """End this rank's own waiting collectives, from any thread (NCCL only, unverified).
+
+        Its peers must do the same: an NCCL kernel does not notice that another one is gone. What
+        the collectives were to fill is void.
+        """
+        group = self._group
+        if group is not None and self.backend == NCCL and not self._is_aborted:
+            self._is_aborted = True
+            group.abort()
+
+    def check(self) -> None:
+        """Raise TransportError if the group was closed or aborted."""
+        if self._group is None or self._is_aborted:
+            raise TransportError(f"the group was {'aborted' if self._is_aborted else 'closed'}")
 
     def _call(self, method: str, *args: Any) -> Any:
-        if self._group is None:
-            raise TransportError("the group was closed")
+        self.check()
         try:
             return getattr(self._group, method)(*args)
         except RuntimeError as error:
@@ -137,12 +177,22 @@ class Group:
 
     def send(self, tensor: torch.Tensor, *, to: int) -> None:
         """Send a contiguous tensor to one rank, which must `recv` it."""
-        _wait(self._call("send", [as_bytes(tensor)], to, 0))
+        # gloo's send and recv read the address as the CPU's, whatever device it belongs to
+        staged = tensor.cpu() if self._stages(tensor) else tensor
+        _wait(self._call("send", [as_bytes(staged)], to, 0))
         self.clock.bytes_sent += tensor.nbytes
 
     def recv(self, tensor: torch.Tensor, *, source: int) -> None:
         """Fill a contiguous tensor from one rank."""
-        _wait(self._call("recv", [as_bytes(tensor)], source, 0))
+        if not self._stages(tensor):
+            _wait(self._call("recv", [as_bytes(tensor)], source, 0))
+            return
+        staged = torch.empty(tensor.shape, dtype=tensor.dtype)
+        _wait(self._call("recv", [as_bytes(staged)], source, 0))
+        tensor.copy_(staged)
+
+    def _stages(self, tensor: torch.Tensor) -> bool:
+        return self.backend == GLOO and tensor.device.type != "cpu"
 
     def exchange(
         self, parts: Sequence[torch.Tensor | None], shapes: Sequence[Sequence[int] | None]
@@ -174,6 +224,29 @@ class Group:
         return pending
 
 
+class Marker:
+    """A place in the work that a device was given: done once the device has come to it."""
+
+    def __init__(self, device: torch.device):
+        self._event: Any = None
+        if device.type == "cuda":
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(device))
+
+    def is_done(self) -> bool:
+        """A device that has failed counts as done: whoever waits for it is told."""
+        try:
+            return self._event is None or self._event.query()
+        except RuntimeError:
+            return True
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for all work of a device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """The memory of a contiguous tensor as uint8 [nbytes].
 
@@ -202,16 +275,16 @@ def _gloo(store: dist.Store, rank: int, world: int, timeout: timedelta) -> Any:
 
 
 def _nccl(store: dist.Store, rank: int, world: int, timeout: timedelta) -> Any:
-    """Unverified: nobody has run it. The watchdog must never end ComfyUI's process."""
+    """Unverified: nobody has run it. `timeout` is for watch.py, not for torch's watchdog."""
     options = dist.ProcessGroupNCCL.Options()
-    options._timeout = timeout
-    name = "TORCH_NCCL_ASYNC_ERROR_HANDLING"  # read when the group is built
-    before = os.environ.get(name)
-    os.environ[name] = "0"
+    options._timeout = _NCCL_TIMEOUT
+    before = {name: os.environ.get(name) for name in NCCL_ENVIRONMENT}
+    os.environ.update(NCCL_ENVIRONMENT)
     try:
         return dist.ProcessGroupNCCL(store, rank, world, options)
     finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

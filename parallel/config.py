@@ -91,11 +91,12 @@ class SequenceParallelConfig:
 
 
 def choose_devices(
-    config: SequenceParallelConfig, *, found: Sequence[str], own: str
+    config: SequenceParallelConfig, *, found: Sequence[str], alike: Sequence[str], own: str
 ) -> tuple[str, ...]:
     """Device of every rank; one entry means that there is nothing to share.
 
-    found: GPUs of one kind that this process sees; own: where ComfyUI has the model.
+    found: GPUs that this process sees, which may be named; alike: those of one kind with `own`,
+    which are chosen from where none is named; own: where ComfyUI has the model.
     """
     named = config.device_names
     if config.workers == 1 or len(named) == 1:
@@ -111,14 +112,16 @@ def choose_devices(
                 f"put {own} first."
             )
         return named
-    rest = [name for name in found if name != own]
+    rest = [name for name in alike if name != own]
     if not config.workers:
         return (own, *rest)
     if len(rest) + 1 < config.workers:
-        seen = ", ".join(found) or "no GPU"
+        seen = ", ".join(alike) or "no GPU"
+        others = [name for name in found if name not in alike]
+        unlike = f" ({', '.join(others)}: another kind of GPU)" if others else ""
         raise ParallelError(
-            f"workers is {config.workers}, but {seen} is all there is here. Lower workers, "
-            "or name devices ('cpu' may repeat)."
+            f"workers is {config.workers}, but {seen} is all there is here{unlike}. "
+            "Lower workers, or name devices ('cpu' may repeat)."
         )
     return (own, *rest[: config.workers - 1])
 

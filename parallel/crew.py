@@ -1,6 +1,5 @@
 """The worker processes that run, and how missing ones are started. No models, no groups here."""
 
-import atexit
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +81,6 @@ class Crew:
     ) -> list[Worker]:
         if self._launcher is None:
             self._launcher = self._make_launcher()
-            atexit.register(self.close)
         specs = [Spec(device=device, num_threads=setting.num_threads) for device in devices]
         handles = self._launcher.start(specs, meanwhile=meanwhile)
         return [
@@ -117,4 +115,3 @@ class Crew:
         if self._launcher is not None:
             self._launcher.close()
             self._launcher = None
-            atexit.unregister(self.close)

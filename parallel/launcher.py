@@ -24,6 +24,7 @@ from typing import Any, Protocol
 
 from ..backends.errors import SlipstreamError
 from .channel import Channel, ChannelClosed
+from .comm import NCCL_ENVIRONMENT
 from .messages import PROTOCOL, Hello
 
 _HOST = "127.0.0.1"
@@ -31,6 +32,9 @@ _START_TIMEOUT_S = 120
 _LOG_LINES = 20
 _KEY_BYTES = 32
 _FOLDER = "slipstream-workers-"
+_TOLD = ("WARNING", "ERROR", "CRITICAL")
+ABORT = "abort"  # a line on a worker's stdin, with an epoch
+LOG_FORMAT = "%(levelname)s: %(message)s"  # of a worker
 
 
 class StartFailed(SlipstreamError, RuntimeError):  # noqa: N818
@@ -57,6 +61,12 @@ class Handle(Protocol):
     def log_tail(self) -> str:
         """The end of what it printed."""
 
+    def abort(self, epoch: int) -> None:
+        """Free it from waiting in groups of `epoch`, whatever it does; it will answer."""
+
+    def news(self) -> list[str]:
+        """Warnings and errors that it has logged since the last time."""
+
     def kill(self) -> None:
         """End it at once, whatever it does, and give back what it held."""
 
@@ -82,6 +92,7 @@ class LocalHandle:
         self._process, self._log = process, log
         self.pid, self.number = process.pid, number
         self.channel: Channel
+        self._num_read_bytes = 0  # of the log
 
     def exit_code(self) -> int | None:
         return self._process.poll()
@@ -89,6 +100,22 @@ class LocalHandle:
     def log_tail(self) -> str:
         lines = self._log.read_text(errors="replace").splitlines() if self._log.exists() else []
         return "\n".join(lines[-_LOG_LINES:])
+
+    def abort(self, epoch: int) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError, ValueError):  # it is gone
+            os.write(self._process.stdin.fileno(), f"{ABORT} {epoch}\n".encode())
+
+    def news(self) -> list[str]:
+        if not self._log.exists():
+            return []
+        with self._log.open("rb") as file:
+            file.seek(self._num_read_bytes)
+            found = file.read()
+        whole = found[: found.rfind(b"\n") + 1]
+        self._num_read_bytes += len(whole)
+        lines = whole.decode(errors="replace").splitlines()
+        return [text for line in lines for kind, _, text in [line.partition(": ")] if kind in _TOLD]
 
     def kill(self) -> None:
         if hasattr(self, "channel"):
@@ -187,6 +214,7 @@ def worker_environment(inherited: Mapping[str, str], spec: Spec) -> dict[str, st
     loopback = "lo0" if sys.platform == "darwin" else "lo"
     return {
         **env,
+        **NCCL_ENVIRONMENT,
         "OMP_NUM_THREADS": str(spec.num_threads),
         "GLOO_SOCKET_IFNAME": loopback,
         "NCCL_SOCKET_IFNAME": loopback,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from . import comm
 from .comm import Clock, Group
 
 
@@ -96,8 +97,7 @@ class Mesh:
         for _ in range(3):  # the first ones warm up connections and caches
             started = time.perf_counter()
             self.main.exchange([rows] * self.world, shapes).wait()
-            if rows.device.type == "cuda":
-                torch.cuda.synchronize(rows.device)
+            comm.synchronize(rows.device)
             seconds.append(time.perf_counter() - started)
         return num_bytes * (self.world - 1) / max(min(seconds), 1e-9)
 
@@ -152,7 +152,7 @@ class Links:
             group.close()
 
     def abort(self) -> None:
-        """Make this process's own waiting collectives fail (NCCL only, unverified)."""
+        """End this process's own waiting collectives, from any thread; see Group.abort."""
         for group in self._built:
             group.abort()
 

@@ -12,10 +12,11 @@ import torch
 
 from .wire import Meta
 
-PROTOCOL = 1
+PROTOCOL = 2
 
-# Why a worker failed: its peers are gone (a symptom), the plan does not fit, or anything else.
-TRANSPORT, PLAN, ERROR = "transport", "plan", "error"
+# Why a worker failed: its peers are gone (a symptom), the plan does not fit, its device is full,
+# or anything else.
+TRANSPORT, PLAN, MEMORY, ERROR = "transport", "plan", "memory", "error"
 
 
 @dataclass(frozen=True)
@@ -89,12 +90,23 @@ class Patches:
 
 
 @dataclass(frozen=True)
+class Ready:
+    """A sampling run begins: put the model on the device, as far as its budget allows.
+
+    run: facts of the run (runs.py). May take as long as reading the weights from a disk.
+    """
+
+    key: str
+    run: Any
+
+
+@dataclass(frozen=True)
 class Forward:
     """Join one model call; its tensors (`metas`) follow over the groups.
 
     arguments: of network.method: [positional names, arguments, options], the latter two encoded;
-    run: facts of the sampling run and of this call (runs.py). Answer of the leader of branch 1:
-    {"out": encoded output, "metas": of its tensors}, which follow over the groups.
+    call: facts of this call (runs.py). Answer of the leader of branch 1: {"out": encoded output,
+    "metas": of its tensors}, which follow over the groups.
     """
 
     key: str
@@ -102,12 +114,19 @@ class Forward:
     method: str
     arguments: Any
     metas: list[Any]
-    run: Any
+    call: Any
 
 
 @dataclass(frozen=True)
 class EndRun:
-    """The sampling run is over: drop what was kept for it."""
+    """The sampling run is over: drop what was kept for it. Answer: as of Ping."""
+
+
+@dataclass(frozen=True)
+class Park:
+    """Take a model, or all (""), off the device; it stays loaded, its weights mapped."""
+
+    key: str
 
 
 @dataclass(frozen=True)
@@ -119,7 +138,8 @@ class Unload:
 
 @dataclass(frozen=True)
 class Ping:
-    """Are you there? Answer: {"models": number of models, "private_bytes": ...}."""
+    """Are you there? Answer: {"models": how many, "num_on_device": of them, "private_bytes": of
+    the process alone, "device_bytes": peak since the last question; both None where unknown}."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +156,7 @@ class Done:
 
 @dataclass(frozen=True)
 class Failed:
-    """Worker: it was not. cause: TRANSPORT, PLAN or ERROR; summary: the exception's own line."""
+    """Worker: it was not. cause: one of the four above; summary: the exception's own line."""
 
     cause: str
     summary: str
@@ -150,8 +170,10 @@ Message = (
     | Measure
     | Load
     | Patches
+    | Ready
     | Forward
     | EndRun
+    | Park
     | Unload
     | Ping
     | Exit
@@ -161,8 +183,8 @@ Message = (
 _KINDS: dict[str, Any] = {
     cls.__name__: cls
     for cls in (
-        Hello, Start, Groups, Measure, Load, Patches, Forward, EndRun, Unload, Ping, Exit, Done,
-        Failed,
+        Hello, Start, Groups, Measure, Load, Patches, Ready, Forward, EndRun, Park, Unload, Ping,
+        Exit, Done, Failed,
     )
 }  # fmt: skip
 

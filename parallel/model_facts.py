@@ -1,5 +1,8 @@
 """What decides whether a MODEL can be shared, as far as it can be known without ComfyUI."""
 
+import os
+import shutil
+import subprocess
 from typing import Any
 
 import torch
@@ -62,9 +65,55 @@ def plain_device(device: torch.device) -> torch.device:
     return torch.device(device.type, device.index or 0)
 
 
-def gpus_like(own: torch.device) -> list[str]:
-    """GPUs of the same kind as `own`: mixed ones would wait for the slowest."""
+def gpus(own: torch.device) -> tuple[list[str], list[str]]:
+    """The GPUs that this process sees beside and with `own`: all, and those of its kind.
+
+    Where nobody names them only those of one kind share: mixed ones wait for the slowest.
+    """
     if own.type != "cuda":
-        return []
+        return [], []
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return [f"cuda:{i}" for i, name in enumerate(names) if name == names[own.index]]
+    found = [f"cuda:{i}" for i in range(len(names))]
+    return found, [f"cuda:{i}" for i, name in enumerate(names) if name == names[own.index]]
+
+
+def why_one_device(own: torch.device) -> str:
+    """The sentence for a computer where nothing was found to share with, and what to do."""
+    head = "Sequence parallel found one device: it runs there as without the node"
+    if own.type not in ("cpu", "cuda"):
+        return f"{head}. Only NVIDIA and AMD GPUs (CUDA, ROCm) are shared, not {own.type}"
+    if own.type == "cpu":
+        return head
+    visible = torch.cuda.device_count()
+    hidden = num_installed_gpus() - visible
+    if hidden <= 0:
+        others = [torch.cuda.get_device_name(i) for i in range(visible) if i != own.index]
+        kinds = ", ".join(f"cuda:{i}" for i in range(visible))
+        return head if not others else f"{head}. To use unlike GPUs name them: devices {kinds}"
+    if is_windows():
+        return (
+            f"{head}. ComfyUI hides the other {hidden} GPUs on Windows: start it with "
+            "--cuda-device all --disable-pinned-memory"
+        )
+    return (
+        f"{head}. {hidden} more GPUs are hidden from ComfyUI (--cuda-device or "
+        "CUDA_VISIBLE_DEVICES): start it without, or with all that it may use"
+    )
+
+
+def is_windows() -> bool:
+    return os.name == "nt"
+
+
+def num_installed_gpus() -> int:
+    """NVIDIA GPUs in this computer, hidden ones too; 0 where that cannot be asked."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return 0
+    try:
+        listed = subprocess.run(
+            [program, "-L"], capture_output=True, text=True, timeout=10, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())

@@ -1,11 +1,13 @@
 """The worker processes of this ComfyUI: started once, kept warm, shared by all models.
 
-`prepare` makes sure that the right workers run and have a model with its patches; `links` joins
-them in groups; `share` runs one model call with a branch of them. A fault inside any of these
+`prepare` makes sure that the right workers run and have a model with its patches, `begin_run` has
+them put it on their devices; `links` joins them in groups; `share` runs one model call with a
+branch of them. A fault inside any of these
 drops the groups, keeps the workers that answer and raises the first cause; the next call goes on
 with new groups, and new workers where some were lost.
 """
 
+import atexit
 import logging
 import os
 import weakref
@@ -32,13 +34,17 @@ from .messages import (
     Load,
     Measure,
     Message,
+    Park,
     Patches,
+    Ready,
     Unload,
 )
+from .runs import RunFacts
 from .watch import Watch
-from .wire import Meta
+from .wire import Meta, encode
 from .workers import Meanwhile, Worker, WorkerError, ask, collect, failure, is_there, recover
 
+CheckLinks = Callable[[Sequence[str]], tuple[dict[str, str], str]]
 _LOAD_TIMEOUT_S = 1800  # a worker that dies while it loads is noticed at once
 _QUIET_TIMEOUT_S = 10
 _MAX_GRACE_S = 10
@@ -65,13 +71,20 @@ class Model:
 class Pool:
     """Rank 0's workers. One thread at a time, but `remote` may run beside `share`."""
 
-    def __init__(self, launcher: Callable[[], Launcher] | None = None):
+    def __init__(
+        self,
+        launcher: Callable[[], Launcher] | None = None,
+        is_cancelled: Callable[[], bool] = lambda: False,
+        check_links: CheckLinks = lambda devices: ({}, ""),
+    ):
         self.crew = Crew(launcher or (lambda: LocalLauncher(WORKER_PROGRAM)))
         self._links: dict[tuple[Layout, float], Links] = {}  # by layout and timeout
         self._epoch = 0
         self._to_unload: set[str] = set()
         self._followed: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
         self._watch = Watch()
+        self._is_cancelled, self._check_links = is_cancelled, check_links
+        self._checked: set[tuple[str, ...]] = set()  # pairs of GPUs
         self.link_bytes_per_s: float | None = None
         self._clock = Clock(torch.device("cpu"))
 
@@ -101,9 +114,14 @@ class Pool:
         Costs one Ping where everything is in place. Raises WorkerError, StartFailed.
         """
         with self._guarded(setting.timeout_s):
+            self._settle_loads(meanwhile)
             self._to_unload.discard(model.load.key)
             if self._to_unload:
                 self.unload(self._to_unload.pop())
+            if not self.workers:
+                atexit.unregister(self.close)  # of workers that have all been lost
+                atexit.register(self.close)
+            self._check(devices)
             for _ in range(2):  # again if one has left between two prompts, just as it was asked
                 if self.crew.require(devices[1:], setting, meanwhile=meanwhile, progress=progress):
                     self._drop_links()
@@ -113,19 +131,56 @@ class Pool:
                     break
             self._load(wanted, model, meanwhile)
 
+    def _check(self, devices: Sequence[str]) -> None:
+        """Before anything of NCCL runs in this process or in new workers, which inherit."""
+        pair = tuple(devices[:2])
+        if pair in self._checked or self._backend_of(devices) != NCCL:
+            return
+        environment, sentence = self._check_links(pair)
+        os.environ.update(environment)
+        if sentence:
+            log.warning("%s", sentence)
+        self._checked.add(pair)
+
+    def begin_run(self, devices: Sequence[str], model: Model, facts: RunFacts) -> None:
+        """Have the workers put the model on their devices, while this process does the same.
+
+        Does not wait: `is_ready` does. After `prepare`.
+        """
+        for worker in self.workers[: len(devices) - 1]:
+            if worker.run != facts.id and not worker.is_loading:
+                worker.send(Ready(model.load.key, encode(facts.to_dict(), [])))
+                worker.run, worker.is_loading = facts.id, True
+
+    def _settle_loads(self, meanwhile: Meanwhile) -> None:
+        """Wait for workers that still load for a run that has been given up."""
+        for worker in [w for w in self.workers if w.is_loading and w.is_alive]:
+            if isinstance(worker.answer(_LOAD_TIMEOUT_S, meanwhile=meanwhile), Failed):
+                log.info("%s could not load for the run before", worker)
+            worker.is_loading, worker.run = False, None
+
     def is_ready(
         self,
         devices: Sequence[str],
         setting: Setting,
         model: Model,
+        run: int,
         *,
         meanwhile: Meanwhile = None,
     ) -> bool:
-        """Whether `prepare` has nothing to do; asks who may be about to end for idleness."""
+        """Whether all workers have the model on their devices for this run; waits while they load.
+
+        Asks who may be about to end for idleness. Raises WorkerError for one that failed to load.
+        """
         wanted = self.workers[: len(devices) - 1]
+        for worker in wanted:
+            if worker.is_loading and worker.is_alive:
+                with self._guarded(setting.timeout_s):
+                    collect([worker], timeout_s=_LOAD_TIMEOUT_S, meanwhile=meanwhile)
         return len(wanted) == len(devices) - 1 and all(
             worker.device == device
             and worker.is_alive
+            and worker.run == run
             and worker.models.get(model.load.key) == model.version
             and not (worker.may_have_left and not is_there(worker, setting.timeout_s, meanwhile))
             for worker, device in zip(wanted, devices[1:], strict=True)
@@ -168,7 +223,7 @@ class Pool:
             name = "-".join(map(str, (self._epoch, *degrees, setting.timeout_s)))
             path = str(self.crew.folder / f"store-{name}")
             members = self.workers[: layout.world - 1]
-            backend = self._backend(device, members)
+            backend = self._backend_of([str(device), *(w.device for w in members)])
             for process, worker in enumerate(members, 1):
                 worker.send(
                     Groups(self._epoch, name, path, process, degrees, backend, setting.timeout_s)
@@ -177,12 +232,20 @@ class Pool:
                 layout, 0, dist.FileStore(path, layout.world), name=name,
                 backend=backend, timeout_s=setting.timeout_s, clock=self.clock_of(device),
             )  # fmt: skip
-            collect(members, timeout_s=setting.timeout_s)
-            self._measure(links, name, setting)
+            with self._watched(links, members, setting.timeout_s):
+                collect(members, timeout_s=setting.timeout_s)
+                self._measure(links, name, setting)
         return links
 
-    def _backend(self, device: torch.device, members: Sequence[Worker]) -> str:
-        on_gpus = device.type == "cuda" and all(w.device != "cpu" for w in members)
+    def _watched(
+        self, links: Links, members: Sequence[Worker], timeout_s: float | None
+    ) -> AbstractContextManager[None]:
+        return self._watch.over(
+            links, members, epoch=self._epoch, timeout_s=timeout_s, is_cancelled=self._is_cancelled
+        )
+
+    def _backend_of(self, devices: Sequence[str]) -> str:
+        on_gpus = all(device != "cpu" for device in devices)
         return NCCL if on_gpus and dist.is_nccl_available() and os.name != "nt" else GLOO
 
     def _measure(self, links: Links, name: str, setting: Setting) -> None:
@@ -199,6 +262,7 @@ class Pool:
         for links in self._links.values():
             links.close()
         self._links.clear()
+        self._watch.forget()
 
     # --- calls
 
@@ -207,10 +271,15 @@ class Pool:
         self, links: Links, message: Forward, tensors: Sequence[torch.Tensor], *, timeout_s: float
     ) -> Iterator[None]:
         """Hand a call to the workers of branch 0; inside, this process does its own part."""
-        members = self._hand_over(links, 0, message, tensors)
-        with self._watch.over(links, members, timeout_s):
+        members = self._members(links, 0)
+        with self._watched(links, members, timeout_s):
+            self._hand_over(links, 0, message, tensors)
             yield
-        collect(members, timeout_s=timeout_s)
+            collect(members, timeout_s=timeout_s)
+
+    def settle(self) -> None:
+        """Wait until the device has done its part of all shared calls. Raises TransportError."""
+        self._watch.settle()
 
     def remote(
         self,
@@ -226,30 +295,33 @@ class Pool:
 
         The answer is waited for inside `waiting`; `meanwhile` raises to give up.
         """
-        leader, *others = self._hand_over(links, 1, message, tensors)
-        with waiting():
-            answer = leader.answer(None, meanwhile=meanwhile)
-        if isinstance(answer, Failed):
-            raise failure(leader, answer)
-        received = []
-        assert links.relay is not None
-        for found in answer.facts["metas"]:
-            meta = Meta.from_json(found)
-            tensor = torch.empty(meta.shape, dtype=meta.dtype, device=links.clock.device)
-            links.relay.recv(tensor, source=1)
-            received.append(tensor)
-        collect(others, timeout_s=timeout_s)
+        leader, *others = members = self._members(links, 1)
+        with self._watched(links, members, None):
+            self._hand_over(links, 1, message, tensors)
+            with waiting():
+                answer = leader.answer(None, meanwhile=meanwhile)
+            if isinstance(answer, Failed):
+                raise failure(leader, answer)
+            received = []
+            assert links.relay is not None
+            for found in answer.facts["metas"]:
+                meta = Meta.from_json(found)
+                tensor = torch.empty(meta.shape, dtype=meta.dtype, device=links.clock.device)
+                links.relay.recv(tensor, source=1)
+                received.append(tensor)
+            collect(others, timeout_s=timeout_s)
         return answer.facts["out"], received
+
+    def _members(self, links: Links, branch: int) -> list[Worker]:
+        return [self.workers[p - 1] for p in links.layout.members(branch) if p > 0]
 
     def _hand_over(
         self, links: Links, branch: int, message: Forward, tensors: Sequence[torch.Tensor]
-    ) -> list[Worker]:
-        members = [self.workers[p - 1] for p in links.layout.members(branch) if p > 0]
-        for worker in members:
+    ) -> None:
+        for worker in self._members(links, branch):
             worker.send(message)
         with links.clock.measure("broadcast"):
             send_bundle(links.entry(branch), tensors)
-        return members
 
     @contextmanager
     def recovered(self, timeout_s: float) -> Iterator[None]:
@@ -269,6 +341,8 @@ class Pool:
 
     def _recover(self, error: BaseException, timeout_s: float) -> BaseException:
         self._drop_links()
+        for worker in self.workers:
+            worker.handle.abort(self._epoch)
         cause, lost = recover(
             self.workers, error, grace_s=min(timeout_s, _MAX_GRACE_S), timeout_s=timeout_s
         )
@@ -277,16 +351,39 @@ class Pool:
 
     # --- ends
 
-    def end_run(self) -> None:
-        """Tell the workers that a sampling run is over."""
-        self._tell_quietly(self.workers, EndRun())
+    def end_run(self) -> list[dict[str, Any]]:
+        """Tell the workers that a sampling run is over; what each says of its memory (Ping).
 
-    def _tell_quietly(self, workers: Sequence[Worker], message: Message) -> None:
+        Who still loads is not asked: the next run ends this one.
+        """
+        facts = self._tell_quietly([w for w in self.workers if not w.is_loading], EndRun())
+        for worker in self.workers:
+            for line in worker.handle.news():
+                log.warning("worker %s: %s", worker.number, line)
+        return facts
+
+    def _tell_quietly(self, workers: Sequence[Worker], message: Message) -> list[Any]:
         """Outside of a run nobody could be shown a fault: a lost worker is replaced later."""
         try:
-            ask(workers, message, timeout_s=_QUIET_TIMEOUT_S)
+            return ask(workers, message, timeout_s=_QUIET_TIMEOUT_S)
         except (ChannelClosed, TimeoutError, WorkerError, TransportError) as error:
             log.info("%s", self._recover(error, _QUIET_TIMEOUT_S))
+            return []
+
+    def park(self, key: str = "", *, devices: Sequence[str] | None = None) -> None:
+        """Take a model ("": all) off the workers' devices (or these of them); it stays loaded.
+
+        Busy workers are left as they are.
+        """
+        if any(w.num_owed for w in self.workers):
+            return
+        having = [
+            worker
+            for worker in self.workers
+            if (key in worker.models or (not key and worker.models))
+            and (devices is None or worker.device in devices)
+        ]
+        self._tell_quietly(having, Park(key))
 
     def follow(self, model: Any, key: str) -> None:
         """Drop the model on all workers too, at the next opportunity, when `model` is freed."""
@@ -296,7 +393,7 @@ class Pool:
             weakref.finalize(model, self._to_unload.add, key)
 
     def unload(self, key: str) -> None:
-        """Drop a model, and freed ones, on all workers, as /free does; later, if they are busy."""
+        """Drop a model, and freed ones, on all workers; later, if they are busy."""
         self._to_unload.add(key)
         if any(w.num_owed for w in self.workers):
             return
@@ -310,6 +407,7 @@ class Pool:
                 worker.models.pop(one, None)
 
     def close(self) -> None:
-        """End all workers."""
+        """End all workers; done at exit too, since groups must go before CUDA does."""
+        atexit.unregister(self.close)
         self._drop_links()
         self.crew.close()

@@ -20,6 +20,7 @@ class Counts:
     bytes_sent: int = 0
     devices: tuple[str, ...] = ()
     link_bytes_per_s: float | None = None
+    memory: list[dict[str, Any]] = field(default_factory=list)  # of each worker, see messages.Ping
 
     def count_local(self, reason: str) -> None:
         self.local += 1
@@ -49,6 +50,8 @@ def section(counts: Counts) -> Section:
         "bytes_exchanged": counts.bytes_sent,
         "devices": list(counts.devices),
         "link_bytes_per_s": counts.link_bytes_per_s,
+        "worker_device_bytes": [one["device_bytes"] for one in counts.memory],
+        "worker_private_bytes": [one["private_bytes"] for one in counts.memory],
     }
     share = (exchange + broadcast) / max(total, 1e-9)
     return Section(found, tuple(_lines(counts, layout, share)))
@@ -64,5 +67,9 @@ def _lines(counts: Counts, layout: Layout, share: float) -> list[str]:
     if counts.shared:
         head += f", exchange and broadcast {share:.0%} of their time"
     lines = [head]
+    peaks = [one["device_bytes"] for one in counts.memory if one["device_bytes"]]
+    if peaks:
+        shown = ", ".join(f"{peak / (1 << 30):.1f}" for peak in peaks)
+        lines.append(f"peak of the workers' devices: {shown} GiB")
     lines += [f"on one device, {n} times: {reason}" for reason, n in counts.reasons.items()]
     return lines

@@ -5,7 +5,7 @@ Pool and on what apply.py found out about the MODEL; touches no ComfyUI.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -18,20 +18,23 @@ from ..backends.run import Run
 from . import block_cache
 from .attention import SharedAttention, options_of_part
 from .bind import Bound, bind
+from .comm import TransportError
 from .config import SequenceParallelConfig, choose_layout
 from .control import local_control
 from .cost import Meter, advice
 from .engine import Call
 from .hooks import installed
+from .launcher import StartFailed
 from .mesh import Layout, Links
 from .messages import Forward
 from .network_call import NetworkCall
 from .report import Counts, section
 from .route import BRANCH, Baton, Cancelled
-from .runs import CallFacts
+from .runs import CallFacts, RunFacts
 from .shards import PlanError
 from .shared import OVERRIDE, Alone, BeginAgain, Shared
 from .wire import Meta, Unsupported, decode, encode
+from .workers import WorkerError
 
 _DROPPED = ("wrappers", "callbacks", OVERRIDE, "patches", "patches_replace")
 _JUDGED_CALL = 2  # the first shared call of a run warms up
@@ -41,6 +44,11 @@ VOID = (
     "An evaluation gave NaN or infinite values and was computed again on one device, as is the "
     "rest of this run: what runs on the workers cannot be looked at"
 )
+
+
+def no_workers(error: Exception) -> str:
+    """The sentence for workers that automatic settings could not have."""
+    return f"Sequence parallel could not start its workers, so one device does it all: {error}"
 
 
 class ParallelRun:
@@ -159,25 +167,28 @@ class ParallelRun:
             raise Alone(f"{error}, which cannot travel") from None
         try:
             with self._barrier():
-                has_workers = self._have_workers(call.options[CALL])
+                has_workers = self._have_workers(call.options[CALL], tensors[0].shape)
                 if has_workers:
                     links, message = self._message(layout, call, method, encoded, tensors)
                     if call.options.get(BRANCH):
                         out = self._remote(links, message, tensors)
                     else:
                         out = self._together(links, message, tensors, call, executor)
-        except PlanError as error:
+        except (PlanError, StartFailed) as error:
             if self.baton is not None:
                 raise  # the pair of branches is repeated on one device
-            self.stop_sharing(str(error))
-            raise Alone(str(error)) from None
+            if isinstance(error, StartFailed) and self.config.is_explicit:
+                raise
+            reason = str(error) if isinstance(error, PlanError) else no_workers(error)
+            self.stop_sharing(reason)
+            raise Alone(reason) from None
         if not has_workers:
             raise BeginAgain("")
         self.counts.shared += 1
         self.counts.layouts[layout] = self.counts.layouts.get(layout, 0) + 1
         return out
 
-    def _have_workers(self, call: ModelCall) -> bool:
+    def _have_workers(self, call: ModelCall, shape: Sequence[int]) -> bool:
         """Whether workers can join this call, which a block cache may have decided about already.
 
         Starts new ones where some are gone.
@@ -186,12 +197,49 @@ class ParallelRun:
         assert shared is not None
         if self.baton is not None and self.baton.is_cancelled:
             raise Cancelled  # nothing may be repaired before the fault has been dealt with
-        setting, meanwhile = shared.setting, shared.meanwhile
-        if shared.pool.is_ready(shared.devices, setting, shared.model, meanwhile=meanwhile):
+        if self._are_ready():
             return True
-        is_too_late = self.decisions.lost(call)
-        shared.pool.prepare(shared.devices, setting, shared.model, meanwhile=meanwhile)
+        is_too_late = self.counts.shared > 0 and self.decisions.lost(call)
+        shared.pool.prepare(
+            shared.devices, shared.setting, shared.model, meanwhile=shared.meanwhile
+        )
+        self.begin_workers(shape)
+        if not self._are_ready():
+            raise WorkerError("The workers ended while they loaded the model: see ComfyUI's log")
         return not is_too_late
+
+    def _are_ready(self) -> bool:
+        shared = self.shared
+        assert shared is not None
+        return shared.pool.is_ready(
+            shared.devices, shared.setting, shared.model, self.run.id, meanwhile=shared.meanwhile
+        )
+
+    def begin_workers(self, shape: Sequence[int]) -> None:
+        """Have the workers put the model on their devices, for calls on a latent of `shape`."""
+        shared = self.shared
+        assert shared is not None
+        facts = RunFacts(
+            id=self.run.id,
+            sigmas=self.run.sigmas,
+            memory_bytes=shared.memory_bytes(shape) // self.least_ranks,
+            techniques=shared.techniques,
+        )
+        shared.pool.begin_run(shared.devices, shared.model, facts)
+
+    @property
+    def least_ranks(self) -> int:
+        """Of the layouts that this run may choose: what every rank computes is divided by it."""
+        assert self.shared is not None
+        return min(
+            choose_layout(
+                self.config,
+                world=len(self.shared.devices),
+                num_conds=num_conds,
+                num_heads=self.shared.num_heads,
+            ).ranks
+            for num_conds in (1, 2)
+        )
 
     def _message(
         self,
@@ -206,18 +254,14 @@ class ParallelRun:
         assert shared is not None
         links = shared.pool.links(layout, shared.setting, shared.device)
         now = call.options[CALL]
-        facts = CallFacts.of(
-            self.run, now,
-            memory_bytes=shared.memory_bytes(tensors[0].shape) // layout.ranks,
-            techniques=shared.techniques, decisions=self.decisions.take_early(now),
-        )  # fmt: skip
+        facts = CallFacts.of(self.run, now, decisions=self.decisions.take_early(now))
         message = Forward(
             key=shared.model.load.key,
             groups=links.name,
             method=method,
             arguments=encoded,
             metas=[Meta.of(t).to_json() for t in tensors],
-            run=encode(facts.to_dict(), []),
+            call=encode(facts.to_dict(), []),
         )
         return links, message
 
@@ -307,9 +351,17 @@ class ParallelRun:
         try:
             with self.shared.pool.recovered(self.config.timeout_s):
                 yield
-        except BaseException:
+        except BaseException as error:
             self.decisions.failed()
+            if isinstance(error, (WorkerError, TransportError)):
+                self.shared.meanwhile()  # a Cancel is what ended it
             raise
+
+    def settle(self) -> None:
+        """Sampling has ended: wait for the device. Raises what a shared call came to after all."""
+        if self.shared is not None and self.counts.shared:
+            with self.recovered():
+                self.shared.pool.settle()
 
     def _attach_cache(self) -> None:
         """Let this run's decisions overrule a block cache that travels; once all have started."""
@@ -337,11 +389,18 @@ class ParallelRun:
             self.counts.seconds = self._meter.seconds()
             self.counts.bytes_sent = self._meter.bytes_sent()
             self.counts.link_bytes_per_s = self.shared.pool.link_bytes_per_s
+            if self.counts.shared:
+                self.counts.memory = self.shared.pool.end_run()
         return section(self.counts)
 
     def close(self) -> None:
         """Drop what the run kept, here and on the workers."""
         shared, self.shared = self.shared, None
         self._bound.clear()
-        if shared is not None and self.counts.shared:
+        if shared is None or not self.counts.shared:
+            return
+        if any(worker.run == self.run.id for worker in shared.pool.workers):
             shared.pool.end_run()
+        busy = shared.busy_devices()
+        if busy:
+            shared.pool.park(devices=busy)

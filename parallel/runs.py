@@ -20,17 +20,30 @@ Decide = Callable[[ModelCall, bool], bool]
 
 
 @dataclass(frozen=True)
-class CallFacts:
-    """What a worker must know about rank 0's run and call. JSON values and UUIDs only.
+class RunFacts:
+    """What a worker must know about rank 0's run. JSON values only.
 
-    memory_bytes: what the call needs beside the weights; techniques: name -> fields of its config,
-    for those that work inside a call; decisions: what a block cache has decided for it already.
+    memory_bytes: what a call needs beside the weights; techniques: name -> fields of its config,
+    for those that work inside a call.
     """
 
-    run: int
+    id: int
     sigmas: tuple[float, ...]
     memory_bytes: int
     techniques: dict[str, dict[str, Any]]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+
+@dataclass(frozen=True)
+class CallFacts:
+    """What a worker must know about rank 0's call. JSON values and UUIDs only.
+
+    run: its id; decisions: what a block cache has decided for the call already.
+    """
+
+    run: int
     index: int
     step: int
     evaluation: int
@@ -42,19 +55,9 @@ class CallFacts:
     decisions: tuple[bool, ...] = ()
 
     @staticmethod
-    def of(
-        run: Run,
-        call: ModelCall,
-        *,
-        memory_bytes: int,
-        techniques: dict[str, dict[str, Any]],
-        decisions: Sequence[bool] = (),
-    ) -> "CallFacts":
+    def of(run: Run, call: ModelCall, *, decisions: Sequence[bool] = ()) -> "CallFacts":
         return CallFacts(
             run=run.id,
-            sigmas=run.sigmas,
-            memory_bytes=memory_bytes,
-            techniques=techniques,
             index=call.index,
             step=call.step,
             evaluation=call.evaluation,
@@ -88,8 +91,8 @@ def config_fields(config: Any) -> dict[str, Any]:
 class WorkerRun:
     """One run on a worker: `patcher` carries the techniques; states live until `close`."""
 
-    def __init__(self, patcher: Any, facts: CallFacts, techniques: dict[str, Any]):
-        self.id, self.patcher = facts.run, patcher
+    def __init__(self, patcher: Any, facts: RunFacts, techniques: dict[str, Any]):
+        self.id, self.patcher = facts.id, patcher
         self._run = Run(patcher, torch.tensor(facts.sigmas), techniques)
         self._run.start()
 

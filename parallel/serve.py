@@ -23,9 +23,10 @@ from .comm import Clock, TransportError
 from .control import local_control
 from .engine import Call, EarlyExit
 from .hooks import installed
-from .mesh import Layout, Links
+from .mesh import Layout, Links, Mesh
 from .messages import (
     ERROR,
+    MEMORY,
     PLAN,
     TRANSPORT,
     Done,
@@ -37,12 +38,14 @@ from .messages import (
     Load,
     Measure,
     Message,
+    Park,
     Patches,
     Ping,
+    Ready,
     Unload,
 )
 from .network_call import NetworkCall
-from .runs import CallFacts, WorkerRun
+from .runs import CallFacts, RunFacts, WorkerRun
 from .shards import PlanError
 from .wire import Meta, decode, encode
 
@@ -55,7 +58,7 @@ class Model(Protocol):
 
     network: torch.nn.Module
 
-    def begin(self, facts: CallFacts, decide: Callable[[Any, bool], bool]) -> WorkerRun: ...
+    def begin(self, facts: RunFacts, decide: Callable[[Any, bool], bool]) -> WorkerRun: ...
 
 
 class Models(Protocol):
@@ -64,6 +67,8 @@ class Models(Protocol):
     def load(self, message: Load) -> Any: ...
 
     def patch(self, message: Patches, tensors: list[torch.Tensor]) -> Any: ...
+
+    def park(self, key: str) -> None: ...
 
     def unload(self, key: str) -> None: ...
 
@@ -80,11 +85,12 @@ class Server:
 
     def __init__(self, channel: Channel, models: Models, device: torch.device, idle_s: float):
         self.channel, self.models, self.device, self.idle_s = channel, models, device, idle_s
-        self.clock = Clock(device)
+        self.clock = Clock(device, is_timing=False)
         self._links: dict[str, Links] = {}
         self._epoch = 0
         self._bound: dict[tuple[int, int], Bound] = {}
         self._run: WorkerRun | None = None
+        self._mesh: Mesh | None = None  # of the latest call
         self._decisions: list[bool] = []
         self._has_worked = False
 
@@ -114,8 +120,7 @@ class Server:
             facts, output = self._handle(message, tensors)
         except Exception as error:  # noqa: BLE001 - reported to rank 0
             self._drop_links()
-            causes: dict[type[Exception], str] = {TransportError: TRANSPORT, PlanError: PLAN}
-            cause = causes.get(type(error), ERROR)
+            cause = _cause(error)
             answer = Failed(cause, f"{type(error).__name__}: {error}", traceback.format_exc())
             if cause == PLAN:
                 answer = Failed(cause, str(error), "")
@@ -136,6 +141,10 @@ class Server:
             case Forward():
                 with torch.inference_mode():
                     return self._forward(message)
+            case Ready():
+                self._end_run()
+                facts = RunFacts(**decode(message.run, []))
+                self._run = self.models[message.key].begin(facts, self._decide)
             case Groups():
                 self._join(message)
             case Measure():
@@ -150,6 +159,10 @@ class Server:
                 return self.models.patch(message, tensors), []
             case EndRun():
                 self._end_run()
+                return self.models.facts(), []
+            case Park():
+                self._end_run()
+                self.models.park(message.key)
             case Unload():
                 self._end_run()
                 self._bound.clear()
@@ -179,6 +192,12 @@ class Server:
             links.close()
         self._links.clear()
 
+    def abort(self, epoch: int) -> None:
+        """From another thread: free this one, should it wait in groups of `epoch`."""
+        if epoch == self._epoch:
+            for links in list(self._links.values()):
+                links.abort()
+
     # --- model calls
 
     def _forward(self, message: Forward) -> tuple[Any, list[torch.Tensor]]:
@@ -189,9 +208,12 @@ class Server:
         tensors = receive_bundle(group, [Meta.from_json(m) for m in message.metas])
         model = self.models[message.key]
         call = NetworkCall.decode(message.arguments, tensors, self.device)
-        facts = CallFacts(**decode(message.run, []))
+        facts = CallFacts(**decode(message.call, []))
         self._decisions = list(facts.decisions)
-        run = self._run_of(model, facts, links)
+        run = self._run
+        assert run is not None, "Ready comes first"
+        assert run.id == facts.run
+        self._mesh = links.mesh
         forward = self._part(model.network, message.method, links)
         out = run.call(facts, model.network, call, forward)
         is_leader = links.layout.branch(links.process) > 0 and links.layout.rank(links.process) == 0
@@ -236,13 +258,6 @@ class Server:
             self._bound[key] = bind(plan, network)
         return self._bound[key]
 
-    def _run_of(self, model: Model, facts: CallFacts, links: Links) -> WorkerRun:
-        if self._run is None or self._run.id != facts.run:
-            self._end_run()
-            self._run = model.begin(facts, self._decide)
-        self._mesh = links.mesh
-        return self._run
-
     def _decide(self, call: Any, reuse: bool) -> bool:
         """Rank 0's decision of a block cache: known before the call, or sent within it."""
         if self._decisions:
@@ -269,3 +284,13 @@ class Server:
                 links.relay.send(tensor, to=0)
         except TransportError:
             self._drop_links()
+
+
+def _cause(error: Exception) -> str:
+    if isinstance(error, TransportError):
+        return TRANSPORT
+    if isinstance(error, PlanError):
+        return PLAN
+    # the driver's own "out of memory" comes as an AcceleratorError (torch 2.9 and later)
+    is_full = isinstance(error, torch.OutOfMemoryError) or "CUDA out of memory" in str(error)
+    return MEMORY if is_full else ERROR

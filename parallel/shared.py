@@ -37,7 +37,8 @@ class BeginAgain(Exception):  # noqa: N818 - no error
 class Shared:
     """A MODEL that workers can have.
 
-    meanwhile: raises when the user interrupts; memory_bytes: of a call on a latent of a shape.
+    meanwhile: raises when the user interrupts; memory_bytes: of a call on a latent of a shape;
+    busy_devices: those that this process's own models use.
     """
 
     pool: Pool
@@ -51,6 +52,7 @@ class Shared:
     techniques: dict[str, dict[str, Any]]
     meanwhile: Callable[[], None]
     memory_bytes: Callable[[Sequence[int]], int]
+    busy_devices: Callable[[], Sequence[str]] = tuple
 
     def refusal(self, network: torch.nn.Module, options: Mapping[str, Any]) -> str | None:
         """Why no call of `network` with these transformer_options can be shared, or None."""

@@ -1,5 +1,7 @@
 """The worker program: python start_worker.py HOST PORT NUMBER, with a key on stdin.
 
+With "probe" as the first argument it is one of the two processes of probe.py.
+
 Loads this pack under an alias, as ComfyUI does: by path, its root never on sys.path.
 """
 
@@ -20,4 +22,7 @@ if __name__ == "__main__":
     assert spec.loader is not None
     sys.modules[ALIAS] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[ALIAS])
-    importlib.import_module(f"{ALIAS}.parallel.worker").main(sys.argv[1:])
+    name, arguments = "worker", sys.argv[1:]
+    if arguments[0] == "probe":
+        name, *arguments = arguments
+    importlib.import_module(f"{ALIAS}.parallel.{name}").main(arguments)

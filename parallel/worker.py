@@ -1,13 +1,8 @@
-"""A worker process: becomes a ComfyUI without server and nodes, and serves rank 0.
-
-The end of stdin, which rank 0 holds open, ends the process whatever it is doing: no worker
-outlives ComfyUI, even if ComfyUI is killed.
-"""
+"""A worker process: becomes a ComfyUI without server and nodes, and serves rank 0."""
 
 import logging
 import os
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Client
 from pathlib import Path
@@ -19,9 +14,11 @@ from ..backends import host, worker_host
 from ..backends.frame_room import with_room
 from ..backends.run import attached
 from .channel import Channel
+from .launcher import LOG_FORMAT
+from .lifeline import Lifeline
 from .messages import Done, Hello, Load, Patches, Start
 from .payload import decode_patches, encode_patches
-from .runs import CallFacts, WorkerRun
+from .runs import RunFacts, WorkerRun
 from .serve import Server
 from .wire import decode
 
@@ -31,30 +28,23 @@ OWN_PACKAGE = (__package__ or "").rpartition(".")[0]
 def main(arguments: Sequence[str]) -> None:
     """HOST PORT NUMBER; the key is the first line of stdin."""
     address, port, number = arguments
-    key = bytes.fromhex(sys.stdin.readline())
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    channel = Channel(Client((address, int(port)), authkey=key))
+    lifeline = Lifeline()
+    channel = Channel(Client((address, int(port)), authkey=lifeline.key))
     channel.send(Hello(int(number)))
     start, _ = channel.recv()
     assert isinstance(start, Start)
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=LOG_FORMAT)
     torch.set_num_threads(start.num_threads)
-    device = torch.device(start.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    device = torch.device(start.device)  # the only one that it sees: it is the current one
     given = decode(start.arguments, [])
     given["cpu"] = device.type == "cpu"
     worker_host.become_comfyui(start.comfyui, given)
     channel.send(Done())
-    with_room(Server(channel, LoadedModels(), device, start.idle_s).serve)
+    server = Server(channel, LoadedModels(device), device, start.idle_s)
+    lifeline.on_abort = server.abort
+    with_room(server.serve)
     sys.stdout.flush()
     os._exit(0)  # the thread that waits for stdin would hold the process
-
-
-def _end_with_parent() -> None:
-    while sys.stdin.read(1):
-        pass
-    os._exit(1)
 
 
 class LoadedModel:
@@ -64,8 +54,8 @@ class LoadedModel:
         self.patcher = patcher
         self.network = host.diffusion_model(patcher)
 
-    def begin(self, facts: CallFacts, decide: Callable[[Any, bool], bool]) -> WorkerRun:
-        """A sampling run of rank 0, with the techniques it named."""
+    def begin(self, facts: RunFacts, decide: Callable[[Any, bool], bool]) -> WorkerRun:
+        """A sampling run of rank 0, with the techniques it named and the weights on the device."""
         patcher = self.patcher
         for name, fields in facts.techniques.items():
             patcher = _APPLY[name](patcher, fields, decide)
@@ -75,9 +65,10 @@ class LoadedModel:
 
 
 class LoadedModels:
-    """What this worker has loaded, by rank 0's keys."""
+    """What this worker has loaded, by rank 0's keys; `device` is its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._bases: dict[str, Any] = {}
         self._models: dict[str, LoadedModel] = {}
 
@@ -86,9 +77,8 @@ class LoadedModels:
 
     def load(self, message: Load) -> dict[str, Any]:
         """Follow the recipe. Raises ValueError if it does not give the weights that rank 0 has."""
-        recipe = worker_host.Recipe(
-            message.module, message.function, decode(message.arguments, []), message.index
-        )
+        arguments = decode(message.arguments, [], device=self._device)
+        recipe = worker_host.Recipe(message.module, message.function, arguments, message.index)
         patcher = worker_host.load(recipe, OWN_PACKAGE)
         if worker_host.weights_print(patcher, list(message.weights)) != message.weights:
             files = ", ".join(path.name for path in recipe.files)
@@ -114,8 +104,18 @@ class LoadedModels:
             if base is not None:
                 worker_host.unload(base)
 
+    def park(self, key: str) -> None:
+        """Take one model, or all (""), off the device; its weights stay mapped."""
+        for base in [self._bases[key]] if key else list(self._bases.values()):
+            worker_host.unload(base)
+
     def facts(self) -> dict[str, Any]:
-        return {"models": len(self._bases), "private_bytes": private_bytes()}
+        return {
+            "models": len(self._bases),
+            "num_on_device": worker_host.num_loaded(),
+            "private_bytes": private_bytes(),
+            "device_bytes": worker_host.peak_bytes(self._device),
+        }
 
 
 def private_bytes() -> int | None:

@@ -78,10 +78,24 @@ def break_down(kind, where, *, is_shared):
         raise pack("parallel.shards").PlanError("injected misfit")
     if kind == "exit":
         os._exit(7)
+    if kind == "warn":
+        print("WARNING: the moon is full", flush=True)
+    if kind == "memory":
+        raise torch.OutOfMemoryError("injected: CUDA out of memory")
     if kind == "hang":
         time.sleep(1000)
+    if kind == "hang a while":
+        time.sleep(4)
+    if kind == "hang on the device":
+        Hanging.is_asked = True
     if kind == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
+
+
+class Hanging:
+    """Whether the next exchange and all behind it never reach the device (late_group.py)."""
+
+    is_asked = False
 
 
 def attention_override():

@@ -4,7 +4,7 @@ import importlib
 import importlib.util
 import os
 import sys
-import threading
+import time
 from multiprocessing.connection import Client
 from pathlib import Path
 
@@ -24,21 +24,26 @@ def load_pack():
 def main(host, port, number):
     sys.path.insert(0, str(TESTS))
     load_pack()
-    key = bytes.fromhex(sys.stdin.readline())
-    threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()
     import fake_net
+    import late_group
     import torch
     from fake_net_alias import pack
 
+    late_group.install_if_asked(pack("parallel.comm"))
+    lifeline = pack("parallel.lifeline").Lifeline()
     messages = pack("parallel.messages")
-    channel = pack("parallel.channel").Channel(Client((host, int(port)), authkey=key))
+    channel = pack("parallel.channel").Channel(Client((host, int(port)), authkey=lifeline.key))
     channel.send(messages.Hello(int(number)))
     start, _ = channel.recv()
     torch.set_num_threads(1)
     fake_net.process = int(number)
     print(f"fake worker {number} is up", flush=True)
     channel.send(messages.Done())
-    pack("parallel.serve").Server(channel, Models(), torch.device("cpu"), start.idle_s).serve()
+    if os.environ.get("SLIPSTREAM_TEST_NO_MEASURE"):
+        fake_net.Hanging.is_asked = True
+    server = pack("parallel.serve").Server(channel, Models(), torch.device("cpu"), start.idle_s)
+    lifeline.on_abort = server.abort
+    server.serve()
     os._exit(0)
 
 
@@ -49,6 +54,7 @@ class Model:
         self.network = fake_net.FakeTokenNet(seed)
 
     def begin(self, facts, decide):
+        time.sleep(float(os.environ.get("SLIPSTREAM_TEST_BEGIN_S", "0")))
         from fake_net_alias import pack
 
         patcher = pack("bench.reference").ReferencePatcher(self)
@@ -79,12 +85,15 @@ class Models:
             head.bias.data += value
         return {"sha256": payload.encode_patches(patches, lambda value: None)[2]}
 
+    def park(self, key):
+        self.parked = [*getattr(self, "parked", ()), key]
+
     def unload(self, key):
         for known in [key] if key else list(self.models):
             self.models.pop(known, None)
 
     def facts(self):
-        return {"models": len(self.models), "private_bytes": None}
+        return {"models": len(self.models), "private_bytes": None, "device_bytes": None}
 
 
 if __name__ == "__main__":

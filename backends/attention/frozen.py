@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ..store import Store
 from .request import BlockKey, Request
-from .store import Store
 from .timings import shape_key
 
 FOLDER = "slipstream_attention_plans"

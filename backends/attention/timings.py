@@ -5,8 +5,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ..store import Store
 from .request import Request
-from .store import Store
 
 FILE_NAME = "slipstream_attention_timings.json"
 FORMAT = 2

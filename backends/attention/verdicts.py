@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..store import Store
 from .probe import Verdict
 from .request import BlockKey, Request
-from .store import Store
 from .timings import machine_key, shape_key
 
 FILE_NAME = "slipstream_attention_verdicts.json"

@@ -15,7 +15,7 @@ from slipstream.backends.memory import host as memory
 from slipstream.backends.offload import budget, host
 from slipstream.backends.offload.config import GIB, OffloadConfig, OffloadError
 from slipstream.backends.svdquant.host import load_svdquant
-from slipstream.parallel.runs import CallFacts, config_fields
+from slipstream.parallel.runs import RunFacts, config_fields
 from slipstream.parallel.worker import LoadedModel
 
 STEPS = 6  # enough to measure, plan and judge
@@ -194,11 +194,9 @@ def test_every_worker_gets_the_same_budget(env):
     model = load("wan")
     gib = 0.3 * memory.weight_bytes(model) / GIB
     config = OffloadConfig(mode="manual", vram_budget_gb=gib, prefetch=-1)
-    facts = CallFacts(
-        run=1, sigmas=(1.0, 0.0), techniques={"offload": config_fields(config)}, index=0, step=0,
-        evaluation=0, sigma=1.0, memory_bytes=0, uuids=(), occurrence=0, window=None,
-        cond_or_uncond=(0,),
-    )  # fmt: skip
+    facts = RunFacts(
+        id=1, sigmas=(1.0, 0.0), memory_bytes=0, techniques={"offload": config_fields(config)}
+    )
     on_worker = LoadedModel(model)
     run = on_worker.begin(facts, lambda call, reuse: reuse)
     assert budget.config_of(run.patcher) == config

@@ -13,6 +13,7 @@ from slipstream.backends.cache.apply import apply_cache
 from slipstream.backends.cache.config import CacheConfig
 from slipstream.backends.conflicts import ConflictError
 from slipstream.backends.run import run_log
+from slipstream.parallel import workers as workers_module
 from slipstream.parallel.apply import apply_parallel, pool
 from slipstream.parallel.config import ParallelError, SequenceParallelConfig
 from slipstream.parallel.messages import Ping
@@ -247,17 +248,79 @@ def test_the_print_ignores_weights_that_another_clone_has_patched():
     tiny.sample(patched(model), "wan")
 
 
-def test_free_unloads_the_workers_too():
+def worker_facts():
+    return ask(pool().workers, Ping(), timeout_s=10)[0]
+
+
+def test_free_takes_models_off_the_workers_devices():
+    """/free runs outside of a prompt. The weights stay mapped: the next prompt reads no file."""
     import comfy.model_management as management
 
     shared = patched(tiny.load("wan", heads=3))
     tiny.sample(shared, "wan")
-    assert ask(pool().workers, Ping(), timeout_s=10)[0]["models"] > 0
+    before = worker_facts()
+    assert before["num_on_device"] > 0
     management.unload_all_models()
-    gc.collect()
-    assert ask(pool().workers, Ping(), timeout_s=10)[0]["models"] == 0
+    after = worker_facts()
+    assert after["num_on_device"] == 0
+    assert after["models"] == before["models"]
     tiny.sample(shared, "wan")
     assert report(shared)["calls_local"] == 0
+
+
+def test_room_for_another_model_leaves_the_workers_alone():
+    """What load_models_gpu does in a prompt when VRAM is short: two experts would take turns."""
+    import comfy.model_management as management
+    from comfy_execution.utils import CurrentNodeContext
+
+    shared = patched(tiny.load("wan", heads=3))
+    tiny.sample(shared, "wan")
+    before = worker_facts()
+    with CurrentNodeContext("prompt", "node"):
+        management.free_memory(1e15, shared.load_device)
+    assert not management.current_loaded_models
+    after = worker_facts()
+    assert all(after[name] == before[name] for name in ("models", "num_on_device"))
+    with CurrentNodeContext("prompt", "node"):
+        tiny.sample(shared, "wan")
+    assert report(shared)["calls_local"] == 0
+
+
+def test_two_experts_are_loaded_once_in_three_prompts(monkeypatch):
+    """Wan 2.2: high and low noise take turns, and each makes room for the other."""
+    import comfy.model_management as management
+    from comfy_execution.utils import CurrentNodeContext
+
+    sent = []
+    send = workers_module.Worker.send
+
+    def record(worker, message, tensors=()):
+        sent.append((worker.number, type(message).__name__, getattr(message, "key", "")))
+        send(worker, message, tensors)
+
+    monkeypatch.setattr(workers_module.Worker, "send", record)
+    experts = [patched(tiny.load("wan", heads=3, seed=seed)) for seed in (91, 92)]
+    for _ in range(3):
+        for expert in experts:
+            with CurrentNodeContext("prompt", "node"):
+                management.free_memory(1e15, expert.load_device)
+                tiny.sample(expert, "wan", steps=2)
+            assert report(expert)["calls_local"] == 0
+    loads = [(number, key) for number, kind, key in sent if kind == "Load"]
+    assert len(loads) == len(set(loads)) == 2 * len({number for number, _ in loads})
+    assert not [
+        one for one in sent if one[1] in ("Unload", "Park") and one[2] in dict(loads).values()
+    ]
+
+
+def test_a_model_that_nobody_has_any_more_leaves_the_workers():
+    shared = patched(tiny.load("wan", heads=3, seed=77))
+    tiny.sample(shared, "wan")
+    key = next(reversed(pool().workers[0].models))
+    del shared
+    gc.collect()
+    tiny.sample(patched(tiny.load("wan", heads=3)), "wan")
+    assert key not in pool().workers[0].models
 
 
 # --- composition

@@ -54,7 +54,7 @@ HOSTS = {
     "backends/svdquant/host_patcher.py",
     "backends/worker_host.py",
 }
-HOST_USERS = {"parallel/worker.py", "parallel/apply.py"}
+HOST_USERS = {"parallel/worker.py", "parallel/apply.py", "parallel/wrappers.py"}
 # Techniques build on what every run and report has (run.py, report.py, memory/, ...), never the
 # other way round.
 TECHNIQUES = {"attention", "cache", "offload", "svdquant"}

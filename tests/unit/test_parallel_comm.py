@@ -1,14 +1,18 @@
 """Collectives on forked ranks: uneven and empty parts, every dtype, closing frees a peer, ring."""
 
+import os
 import time
+import types
+from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
 from forked_ranks import run_ranks
-from slipstream.parallel.comm import Clock, TransportError, as_bytes
+from slipstream.parallel.comm import NCCL_ENVIRONMENT, Clock, Group, TransportError, as_bytes
 from slipstream.parallel.mesh import Layout
 from slipstream.parallel.ring import merge, partial_attention
-from slipstream.parallel.watch import Watch
+from slipstream.parallel.serve import Server
 
 DTYPES = [
     torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int8, torch.bool,
@@ -171,6 +175,106 @@ def test_a_silent_peer_is_a_transport_error_after_the_timeout():
     assert 0.3 < run_ranks(2, body)[0] < 1.4
 
 
+class Event:
+    """A CUDA event on a device that has done everything but the last `behind` events."""
+
+    num_made, behind = 0, 4
+
+    def __init__(self, enable_timing=False):
+        Event.num_made += 1
+        self.number, self.is_waited_for = Event.num_made, False
+
+    def record(self):
+        pass
+
+    def query(self):
+        return self.is_waited_for or self.number <= Event.num_made - self.behind
+
+    def synchronize(self):
+        self.is_waited_for = True
+
+    def elapsed_time(self, end):
+        return 2.0
+
+
+@pytest.fixture
+def events(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(Event, "num_made", 0)
+
+
+def test_events_of_ten_thousand_exchanges_are_folded(events):
+    clock = Clock(torch.device("cuda:0"))
+    for _ in range(10_000):
+        with clock.measure("exchange"):
+            pass
+    assert len(clock._events) < 1000
+    assert clock.seconds()["exchange"] == pytest.approx(20.0)
+    assert len(clock._events) == 0
+
+
+def test_a_worker_makes_no_events(events):
+    """Nobody there reads the seconds."""
+    server = Server(None, None, torch.device("cuda:0"), 0)
+    for _ in range(10_000):
+        with server.clock.measure("exchange"):
+            pass
+    assert Event.num_made == 0
+
+
+def test_torch_never_ends_the_process_for_a_slow_collective(monkeypatch):
+    """The group is built with the watchdog's ways to end the process switched off."""
+    seen = {}
+
+    def build(store, rank, world, options):
+        seen.update({name: os.environ.get(name) for name in NCCL_ENVIRONMENT})
+        seen["timeout"] = options._timeout
+
+    monkeypatch.setenv("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    monkeypatch.delenv("TORCH_NCCL_ENABLE_MONITORING", raising=False)
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", build, raising=False)
+    build.Options = types.SimpleNamespace
+    Group(
+        dist.HashStore(), "g", rank=0, world=2, backend="nccl", timeout_s=60,
+        clock=Clock(torch.device("cpu")),
+    )  # fmt: skip
+    assert seen.pop("timeout") >= timedelta(days=1)
+    assert seen == dict.fromkeys(NCCL_ENVIRONMENT, "0")
+    assert {"TORCH_NCCL_ENABLE_MONITORING", "TORCH_NCCL_DUMP_ON_TIMEOUT"} <= set(seen)
+    assert os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1", "as the user had it"
+    assert "TORCH_NCCL_ENABLE_MONITORING" not in os.environ
+
+
+class OnGpu:
+    """A tensor whose address the CPU must not read."""
+
+    device, dtype, shape, nbytes = torch.device("cuda:0"), torch.float32, (4,), 16
+
+    def __init__(self, values):
+        self.values = values
+
+    def cpu(self):
+        return self.values.clone()
+
+    def copy_(self, other):
+        self.values = other.clone()
+
+
+def test_gloo_sends_and_receives_what_lives_on_a_gpu():
+    """Its send and recv take addresses, which must be the CPU's (Windows; cuda:0 with cpu)."""
+
+    def body(rank):
+        group = rank.links(Layout(ulysses=2), "g").mesh.main
+        if rank.number == 0:
+            group.send(OnGpu(torch.arange(4.0)), to=1)
+            return None
+        found = OnGpu(torch.zeros(4))
+        group.recv(found, source=0)
+        return found.values.tolist()
+
+    assert run_ranks(2, body)[1] == [0.0, 1.0, 2.0, 3.0]
+
+
 def test_clock_adds_up():
     clock = Clock(torch.device("cpu"))
     for _ in range(2):
@@ -217,25 +321,3 @@ def test_rows_without_any_key_are_zero():
     out, lse = partial_attention(q, k, v, mask=torch.zeros(5, 9, dtype=torch.bool))
     merged, _ = merge(None, None, out, lse)
     assert torch.equal(merged, torch.zeros_like(merged))
-
-
-def test_the_watch_aborts_groups_when_a_worker_dies():
-    """NCCL needs it; here with stand-ins, because nobody could run NCCL."""
-
-    class FakeLinks:
-        backend, aborted = "nccl", 0
-
-        def abort(self):
-            self.aborted += 1
-
-    class FakeWorker:
-        is_alive = True
-
-    links, worker, watch = FakeLinks(), FakeWorker(), Watch()
-    with watch.over(links, [worker], 60):
-        time.sleep(0.4)
-    assert links.aborted == 0
-    with watch.over(links, [worker], 60):
-        worker.is_alive = False
-        time.sleep(0.5)
-    assert links.aborted == 1

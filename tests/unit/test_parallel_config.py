@@ -1,6 +1,8 @@
 """Settings: every sentence, every layout of up to eight processes and forty heads, devices."""
 
 import pytest
+import torch
+from slipstream.parallel import model_facts
 from slipstream.parallel.config import (
     ParallelError,
     SequenceParallelConfig,
@@ -71,7 +73,7 @@ def test_json_round_trip():
     ],
 )
 def test_devices(fields, found, own, expected):
-    assert choose_devices(config(**fields), found=found, own=own) == expected
+    assert choose_devices(config(**fields), found=found, alike=found, own=own) == expected
 
 
 @pytest.mark.parametrize(
@@ -94,8 +96,58 @@ def test_devices(fields, found, own, expected):
 )  # fmt: skip
 def test_devices_that_are_not_there(fields, found, own, sentence):
     with pytest.raises(ParallelError) as caught:
-        choose_devices(config(**fields), found=found, own=own)
+        choose_devices(config(**fields), found=found, alike=found, own=own)
     assert str(caught.value) == sentence
+
+
+UNLIKE = ["NVIDIA GeForce RTX 5090", "NVIDIA GeForce RTX 4090"]
+
+
+@pytest.fixture
+def unlike_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", UNLIKE.__getitem__)
+    monkeypatch.setattr(model_facts, "num_installed_gpus", lambda: 2)
+
+
+def test_unlike_gpus_share_where_they_are_named(unlike_gpus):
+    found, alike = model_facts.gpus(torch.device("cuda:0"))
+    named = config(devices="cuda:0,cuda:1")
+    assert choose_devices(named, found=found, alike=alike, own="cuda:0") == ("cuda:0", "cuda:1")
+    assert choose_devices(config(), found=found, alike=alike, own="cuda:0") == ("cuda:0",)
+    with pytest.raises(
+        ParallelError, match=r"workers is 2, but cuda:0 is all .* \(cuda:1: another"
+    ):
+        choose_devices(config(workers=2), found=found, alike=alike, own="cuda:0")
+    assert model_facts.why_one_device(torch.device("cuda:0")).endswith(
+        "To use unlike GPUs name them: devices cuda:0, cuda:1"
+    )
+
+
+@pytest.mark.parametrize(("system", "what"), [("nt", "--cuda-device all"), ("posix", "hidden")])
+def test_hidden_gpus_are_told(monkeypatch, system, what):
+    """On Windows ComfyUI shows itself one GPU; elsewhere --cuda-device does."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(model_facts, "num_installed_gpus", lambda: 3)
+    monkeypatch.setattr(model_facts, "is_windows", lambda: system == "nt")
+    sentence = model_facts.why_one_device(torch.device("cuda:0"))
+    assert what in sentence
+    assert " 2 " in sentence
+
+
+def test_other_accelerators_are_not_shared():
+    assert "not xpu" in model_facts.why_one_device(torch.device("xpu:0"))
+    assert model_facts.why_one_device(torch.device("cpu")).endswith("as without the node")
+
+
+def test_installed_gpus_are_counted(monkeypatch, tmp_path):
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 'GPU 0: A (UUID: x)'; echo 'GPU 1: B (UUID: y)'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert model_facts.num_installed_gpus() == 2
+    monkeypatch.setenv("PATH", "")
+    assert model_facts.num_installed_gpus() == 0
 
 
 @pytest.mark.parametrize("num_conds", [1, 2])

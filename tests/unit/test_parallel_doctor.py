@@ -15,7 +15,7 @@ def gpus(monkeypatch):
         monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: a + b == 1)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i: (20 << 30, 24 << 30))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (8, 9))
-        monkeypatch.setattr(doctor, "measure_loopback", lambda: "1.00 GB/s")
+        monkeypatch.setattr(doctor, "measured", lambda pair, backend: "1.00 GB/s")
 
     return pretend
 
@@ -60,7 +60,7 @@ def test_the_report_has_every_part(gpus, capsys):
 
 
 def test_loopback_is_measured_between_two_processes():
-    rate = doctor.measure_loopback()
+    rate = doctor.measured(("cpu", "cpu"), "gloo")
     assert rate.endswith(" GB/s")
     assert float(rate.split()[0]) > 0
 

@@ -19,29 +19,21 @@ import fake_net
 import fake_worker
 import pytest
 import torch
-from fake_patcher import FakePatcher
+from parallel_session import PROGRAM, TIMEOUT_S, Session, close, exists, fails, pids
 from patience import patience
-from slipstream.backends.calls import CALL, BranchKey, ModelCall
-from slipstream.backends.run import Run
+from slipstream.backends.calls import BranchKey, ModelCall
 from slipstream.parallel import run_state
 from slipstream.parallel.channel import Channel
 from slipstream.parallel.config import SequenceParallelConfig
-from slipstream.parallel.crew import Setting
 from slipstream.parallel.launcher import LocalLauncher, Spec, StartFailed, worker_environment
-from slipstream.parallel.messages import Done, Load, Ping, to_bytes
-from slipstream.parallel.network_call import NetworkCall
-from slipstream.parallel.payload import encode_patches
-from slipstream.parallel.pool import Model, Pool
-from slipstream.parallel.route import BRANCH, Baton, run_both
-from slipstream.parallel.run_state import ParallelRun
+from slipstream.parallel.messages import Done, Ping, to_bytes
+from slipstream.parallel.pool import Pool
+from slipstream.parallel.route import Baton, run_both
 from slipstream.parallel.serve import Server
-from slipstream.parallel.shared import BeginAgain, Shared
+from slipstream.parallel.shared import BeginAgain
 from slipstream.parallel.workers import WorkerError, ask
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals and /proc")
-
-PROGRAM = Path(fake_net.__file__).with_name("fake_worker.py")
-TIMEOUT_S = 2
 
 
 @pytest.fixture(scope="module")
@@ -52,71 +44,6 @@ def pool():
     yield pool
     pool.close()
     torch.set_num_threads(threads)
-
-
-def model(seed=0, patches=None):
-    patches = patches or {}
-    load = Load(f"seed {seed}", "fake", "net", ["tuple"], seed, {})
-    return Model(
-        load=load,
-        version=str(sorted(patches)),
-        patches=lambda: encode_patches(patches, lambda value: None),
-        attributes=["dict"],
-        casts_weights=False,
-    )
-
-
-class Session:
-    """One run that shares calls of a FakeTokenNet with the pool's workers."""
-
-    def __init__(self, pool, world=3, *, seed=0, patches=None, idle_s=0, **config):
-        self.net = fake_net.FakeTokenNet(seed)
-        self.pool, self.index = pool, 0
-        devices = ("cpu",) * world
-        self.config = SequenceParallelConfig(
-            devices=",".join(devices), workers=world, timeout_s=TIMEOUT_S, cfg=1, **config
-        )
-        shared = Shared(
-            pool=pool, devices=devices, device=torch.device("cpu"),
-            setting=Setting("", {}, 1, TIMEOUT_S, idle_s), model=model(seed, patches),
-            network=self.net, plan=fake_net.PLAN, num_heads=3, techniques={},
-            meanwhile=lambda: None, memory_bytes=lambda shape: 0,
-        )  # fmt: skip
-        self.run = Run(FakePatcher(torch.nn.Module()), torch.tensor([1.0, 0.0]), {})
-        self.state = ParallelRun(self.run, self.config, shared)
-
-    def call(self, x=None, *, fault=None, branch=None, **options):
-        x = torch.ones(2, 11, 24) * torch.arange(24) / 24 if x is None else x
-        self.index += 1
-        call = ModelCall(self.index, 0, 0, BranchKey((), 0, None), (0,))
-        options = {CALL: call, **options}
-        if fault:
-            options["fault"] = fault
-        if branch is not None:
-            options[BRANCH] = branch
-        found = NetworkCall(("x",), {"x": x}, options)
-        with torch.inference_mode():
-            return self.state.call(self.net.forward, found, "forward", self.net)
-
-    def expected(self, x=None):
-        x = torch.ones(2, 11, 24) * torch.arange(24) / 24 if x is None else x
-        with torch.inference_mode():
-            return self.net(x)
-
-
-def close(a, b):
-    return (a - b).abs().max() < 1e-5
-
-
-def pids(pool):
-    return [worker.handle.pid for worker in pool.workers]
-
-
-def exists(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def test_calls_are_shared_and_counted(pool):
@@ -195,13 +122,6 @@ def test_one_device_is_used_where_it_is_faster(pool, monkeypatch):
 
 
 # --- faults: what is raised, how fast, and a good call afterwards
-
-
-def fails(session, **call):
-    started = time.monotonic()
-    with pytest.raises(RuntimeError) as caught:
-        session.call(**call)
-    return caught.value, time.monotonic() - started
 
 
 def test_an_exception_in_a_worker_reaches_the_node(pool):
@@ -527,6 +447,12 @@ class ThreadHandle:
     def log_tail(self):
         return ""
 
+    def news(self):
+        return []
+
+    def abort(self, epoch):
+        pass
+
     def kill(self):
         self.channel.close()
         self._thread.join()
@@ -582,7 +508,9 @@ sys.path.insert(0, {tests!r})
 import comfy_home
 comfy_home.load_pack()
 sys.path.insert(0, {tests!r} + "/unit")
-from test_parallel_workers import LocalLauncher, PROGRAM, Pool, Session, pids
+from parallel_session import PROGRAM, Session, pids
+from slipstream.parallel.launcher import LocalLauncher
+from slipstream.parallel.pool import Pool
 pool = Pool(lambda: LocalLauncher(PROGRAM))
 Session(pool, 3).call()
 print(*pids(pool), pool.crew.folder, flush=True)

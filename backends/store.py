@@ -1,4 +1,4 @@
-"""JSON files of this technique in ComfyUI's user folder: written atomically, never trusted.
+"""JSON files of measurements in ComfyUI's user folder: written atomically, never trusted.
 
 A damaged or foreign file counts as empty and is written anew.
 """

@@ -99,6 +99,7 @@ class SequenceParallel:
             meanwhile=worker_host.raise_if_interrupted,
             memory_bytes=partial(worker_host.memory_required, run.patcher),
             busy_devices=partial(_busy_devices, devices[1:]),
+            tell=host.show_text_on_running_node,
         )
         shared.pool.follow(run.patcher.model, model.load.key)
         try:

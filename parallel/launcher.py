@@ -18,12 +18,18 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client, Connection, Listener
+from multiprocessing.connection import (
+    Client,
+    Connection,
+    Listener,
+    answer_challenge,
+    deliver_challenge,
+)
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..backends.errors import SlipstreamError
-from .channel import Channel, ChannelClosed
+from .channel import Channel
 from .comm import NCCL_ENVIRONMENT
 from .messages import PROTOCOL, Hello
 
@@ -233,7 +239,7 @@ class _Reception:
 
     def __init__(self) -> None:
         self.key = secrets.token_bytes(_KEY_BYTES)
-        self._listener = Listener((_HOST, 0), backlog=64, authkey=self.key)
+        self._listener = Listener((_HOST, 0), backlog=64)
         self.address: tuple[str, int] = self._listener.address  # type: ignore[assignment]
         self._came: dict[int, Channel] = {}
         self._closed = False
@@ -244,22 +250,27 @@ class _Reception:
         while not self._closed:
             try:
                 connection: Connection[Any, Any] = self._listener.accept()
-            except AuthenticationError:
-                continue  # somebody else on this machine
             except (OSError, EOFError):
                 if self._closed:
                     return
                 continue
-            channel = Channel(connection)
-            try:
-                message, _ = channel.recv(10)
-            except (TimeoutError, ChannelClosed, ValueError):
-                channel.close()
-                continue
-            if isinstance(message, Hello) and message.protocol == PROTOCOL:
-                self._came[message.number] = channel
-            else:
-                channel.close()
+            # In a thread of its own: a stranger who says nothing must not keep the others waiting.
+            threading.Thread(target=self._greet, args=(connection,), daemon=True).start()
+
+    def _greet(self, connection: "Connection[Any, Any]") -> None:
+        """Admit a worker that has the key, as Listener.accept and Client know each other."""
+        channel = Channel(connection)
+        try:
+            deliver_challenge(connection, self.key)
+            answer_challenge(connection, self.key)
+            message, _ = channel.recv(10)
+        except (AuthenticationError, OSError, EOFError, TimeoutError, ValueError):
+            channel.close()
+            return
+        if isinstance(message, Hello) and message.protocol == PROTOCOL and not self._closed:
+            self._came[message.number] = channel
+        else:
+            channel.close()
 
     def wait_for(
         self, handles: Sequence[LocalHandle], meanwhile: Callable[[], None] | None
@@ -280,8 +291,8 @@ class _Reception:
     def close(self) -> None:
         """Stop accepting; a dummy connection wakes the thread."""
         self._closed = True
-        with contextlib.suppress(OSError, EOFError, AuthenticationError):
-            Client(self.address, authkey=self.key).close()
+        with contextlib.suppress(OSError, EOFError):
+            Client(self.address).close()
         self._thread.join(5)
         self._listener.close()
         for channel in self._came.values():

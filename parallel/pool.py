@@ -49,7 +49,9 @@ _LOAD_TIMEOUT_S = 1800  # a worker that dies while it loads is noticed at once
 _QUIET_TIMEOUT_S = 10
 _MAX_GRACE_S = 10
 _MAX_MODELS = 4
-_PROBE_BYTES = 1 << 21
+_PROBE_BYTES = {GLOO: 1 << 21, NCCL: 1 << 25}  # 2 MB do not fill the links that NCCL has
+_COMMUNICATOR_BYTES = 300 << 20  # of the device, for each of NCCL's (assumed)
+_NUM_COMMUNICATORS = 3  # main, and relay or heads and keys
 log = logging.getLogger("slipstream")
 WORKER_PROGRAM = Path(__file__).with_name("start_worker.py")
 
@@ -141,6 +143,11 @@ class Pool:
         if sentence:
             log.warning("%s", sentence)
         self._checked.add(pair)
+
+    def groups_bytes(self, devices: Sequence[str]) -> int:
+        """What groups that are still to be made will take of each device."""
+        is_to_come = not self._links and self._backend_of(devices) == NCCL
+        return _NUM_COMMUNICATORS * _COMMUNICATOR_BYTES if is_to_come else 0
 
     def begin_run(self, devices: Sequence[str], model: Model, facts: RunFacts) -> None:
         """Have the workers put the model on their devices, while this process does the same.
@@ -253,9 +260,10 @@ class Pool:
         if links.mesh is None or self.link_bytes_per_s is not None:
             return
         members = self.workers[: links.layout.ranks - 1]
+        num_bytes = _PROBE_BYTES[links.backend]
         for worker in members:
-            worker.send(Measure(name, _PROBE_BYTES))
-        self.link_bytes_per_s = links.mesh.measure(_PROBE_BYTES)
+            worker.send(Measure(name, num_bytes))
+        self.link_bytes_per_s = links.mesh.measure(num_bytes)
         collect(members, timeout_s=setting.timeout_s)
 
     def _drop_links(self) -> None:

@@ -222,10 +222,16 @@ class ParallelRun:
         facts = RunFacts(
             id=self.run.id,
             sigmas=self.run.sigmas,
-            memory_bytes=shared.memory_bytes(shape) // self.least_ranks,
+            memory_bytes=shared.memory_bytes(shape) // self.least_ranks + self.groups_bytes,
             techniques=shared.techniques,
         )
         shared.pool.begin_run(shared.devices, shared.model, facts)
+
+    @property
+    def groups_bytes(self) -> int:
+        """Of every device, for groups that the first shared call will make."""
+        assert self.shared is not None
+        return self.shared.pool.groups_bytes(self.shared.devices)
 
     @property
     def least_ranks(self) -> int:
@@ -330,7 +336,9 @@ class ParallelRun:
         return decode(found, received, device=shared.device)
 
     def alone(self, reason: str, call: ModelCall, function: Callable[[], Any]) -> Any:
-        """A call on rank 0 only, counted with its reason."""
+        """A call on rank 0 only, counted with its reason; shown on the node the first time."""
+        if self.shared is not None and not self.reason and reason not in self.counts.reasons:
+            self.shared.tell(f"On one device: {reason}")
         self.counts.count_local(reason)
         self.decisions.alone(call)
         return function()

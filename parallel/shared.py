@@ -38,7 +38,8 @@ class Shared:
     """A MODEL that workers can have.
 
     meanwhile: raises when the user interrupts; memory_bytes: of a call on a latent of a shape;
-    busy_devices: those that this process's own models use.
+    busy_devices: those that this process's own models use; tell: shows a sentence on the node that
+    runs.
     """
 
     pool: Pool
@@ -53,6 +54,7 @@ class Shared:
     meanwhile: Callable[[], None]
     memory_bytes: Callable[[Sequence[int]], int]
     busy_devices: Callable[[], Sequence[str]] = tuple
+    tell: Callable[[str], None] = lambda sentence: None
 
     def refusal(self, network: torch.nn.Module, options: Mapping[str, Any]) -> str | None:
         """Why no call of `network` with these transformer_options can be shared, or None."""

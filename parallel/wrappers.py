@@ -147,17 +147,20 @@ def prepare_sampling(executor: Any, *args: Any, **kwargs: Any) -> Any:
     if state is None or state.shared is None:
         return executor(*args, **kwargs)
     state.begin_workers(given["noise_shape"])
-    with _divided_memory(given["model"].model, state.least_ranks):
+    with _divided_memory(given["model"].model, state.least_ranks, plus=state.groups_bytes):
         return executor(*args, **kwargs)
 
 
 @contextmanager
-def _divided_memory(model: Any, ranks: int) -> Iterator[None]:
-    """Have `model` (a BaseModel) say that a call needs 1/ranks of the memory, for a while."""
+def _divided_memory(model: Any, ranks: int, *, plus: int = 0) -> Iterator[None]:
+    """Have `model` (a BaseModel) say that a call needs 1/ranks of the memory, for a while.
+
+    plus: bytes beside that.
+    """
     whole = model.memory_required
 
     def memory_required(*args: Any, **kwargs: Any) -> Any:
-        return whole(*args, **kwargs) / ranks
+        return whole(*args, **kwargs) / ranks + plus
 
     before = model.__dict__.get("memory_required")
     model.memory_required = memory_required

@@ -8,6 +8,7 @@ import threading
 import types
 from pathlib import Path
 
+import fake_net
 import pytest
 import torch
 from forked_ranks import run_ranks
@@ -189,3 +190,27 @@ def test_dynamic_vram_begins_in_a_worker_as_in_comfyui(monkeypatch):
         {"simple_vram_headroom": 2 << 30},
         {},
     ]
+
+
+def test_a_call_that_stays_here_says_so_on_the_node_once():
+    """An attention override of another pack keeps every call on one device."""
+    pool = Pool(lambda: LocalLauncher(PROGRAM))
+    try:
+        session, told = Session(pool, 2), []
+        object.__setattr__(session.state.shared, "tell", told.append)
+        for _ in range(3):
+            session.call(optimized_attention_override=fake_net.attention_override())
+        assert told == [
+            "On one device: an attention override cannot travel: use SlipstreamAttention instead"
+        ]
+    finally:
+        pool.close()
+
+
+def test_room_for_communicators_is_asked_for_before_they_are_made(monkeypatch):
+    pool = Pool(lambda: LocalLauncher(PROGRAM))
+    assert pool.groups_bytes(("cpu", "cpu")) == 0
+    monkeypatch.setattr(Pool, "_backend_of", lambda self, devices: "nccl")
+    assert pool.groups_bytes(("cuda:0", "cuda:1")) == 900 << 20
+    pool._links[None] = object()
+    assert pool.groups_bytes(("cuda:0", "cuda:1")) == 0

@@ -13,6 +13,7 @@ import torch
 from parallel_session import PROGRAM, TIMEOUT_S, Session, close, exists, fails, pids
 from patience import patience
 from slipstream.parallel import comm
+from slipstream.parallel import pool as pool_module
 from slipstream.parallel.launcher import LocalLauncher
 from slipstream.parallel.pool import Pool
 from slipstream.parallel.workers import WorkerError, WorkerOutOfMemory
@@ -29,6 +30,7 @@ class Interrupted(Exception):  # noqa: N818
 def late(monkeypatch):
     """A pool whose groups have NCCL's semantics; `stream` is what this process's device does."""
     monkeypatch.setattr(Pool, "_backend_of", lambda self, devices: "nccl")
+    monkeypatch.setitem(pool_module._PROBE_BYTES, "nccl", 1 << 16)  # it goes over gloo
     late_group.asked(monkeypatch)
     cancelled = threading.Event()
     threads = torch.get_num_threads()

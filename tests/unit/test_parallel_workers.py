@@ -5,6 +5,7 @@ The workers run the pack's own message loop without ComfyUI (tests/fake_worker.p
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -594,6 +595,31 @@ def test_who_has_not_the_key_gets_nowhere(tmp_path):
     handle.kill()
     launcher.close()
     assert refused
+
+
+def test_a_stranger_who_says_nothing_keeps_nobody_waiting(tmp_path):
+    """Any local user may connect: the key is asked for in a thread of each connection's own."""
+    marker = tmp_path / "address"
+    program = tmp_path / "late.py"
+    program.write_text(
+        f"import sys, time, runpy\nopen({str(marker)!r}, 'w').write(sys.argv[2])\ntime.sleep(1)\n"
+        f"sys.argv[0] = {str(PROGRAM)!r}\nrunpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    launcher = LocalLauncher(program)
+    silent = []
+
+    def connect():
+        while not (marker.exists() and marker.read_text()):
+            time.sleep(0.01)
+        silent.append(socket.create_connection(("127.0.0.1", int(marker.read_text()))))
+
+    thread = threading.Thread(target=connect)
+    thread.start()
+    (handle,) = launcher.start([Spec(device="cpu", num_threads=1)])
+    thread.join()
+    handle.kill()
+    launcher.close()
+    silent[0].close()
 
 
 def test_a_worker_gets_its_own_gpu_and_allocator():

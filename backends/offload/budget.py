@@ -104,6 +104,7 @@ class BudgetMixin:
 
     slipstream_planned_bytes: cap of a run's plan; slipstream_stages: whether the run keeps room for
     staged blocks; slipstream_first: ids of modules to load before all others (classic);
+    slipstream_room_bytes: what ComfyUI itself last had room for (classic);
     slipstream_asks_bytes: what `model_size` answers while ComfyUI makes
     room; slipstream_cap_bytes: the cap at the latest load, for the report.
     """
@@ -111,6 +112,7 @@ class BudgetMixin:
     slipstream_planned_bytes: int | None = None
     slipstream_stages: bool | None = None
     slipstream_first: frozenset[int] = frozenset()
+    slipstream_room_bytes: int | None = None
     slipstream_asks_bytes: int | None = None
     slipstream_cap_bytes: int | None = None
 
@@ -125,6 +127,9 @@ class BudgetMixin:
         # ComfyUI adds what an unpatch frees to extra_memory, so the clamp is relative to now.
         with real_size(self):
             cap = self.slipstream_cap_bytes = resident_cap(self)
+            if self.slipstream_planned_bytes is None and not memory.is_dynamic(self):
+                room = memory.resident_bytes(self) + extra_memory
+                self.slipstream_room_bytes = int(min(room, 2 * memory.weight_bytes(self)))
             if cap is not None and not memory.is_dynamic(self):
                 extra_memory = min(extra_memory, cap - memory.resident_bytes(self))
             load = super().partially_load  # type: ignore[misc]

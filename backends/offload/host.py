@@ -19,6 +19,7 @@ from ..memory.counters import synchronize
 from ..memory.host import forced_bytes, is_dynamic, resident_bytes, weight_bytes
 from .blocks import parts_of
 
+AIMDO_HEADROOM = 256 << 20  # comfy-aimdo evicts until as much is free (src/plat.h)
 _CHUNK_BYTES = 64 << 20  # of a bandwidth measurement; less where less is free
 _NUM_CHUNKS = 4
 

@@ -148,11 +148,11 @@ class Proposal:
     """A plan and the steps it leads to.
 
     step_seconds: under the plan; unchanged_seconds: with prefetch at the residency of now, or with
-    what is left of it under the widget's budget; prefetch_gain: the most that prefetch can save,
-    as a share of the measured step; is_short: the device cannot hold what is resident now beside
-    activations and ComfyUI's reserve; needs_room: block buffers only fit if fewer weights stay, as
-    the plan has it; fits_bytes: weights that fit beside activations and reserve; copy_rates: pinned
-    and pageable bytes per second, None where nothing has to be copied.
+    what dynamic memory leaves of it beside the buffers; prefetch_gain: the most that prefetch can
+    save, as a share of the measured step; is_short: the device cannot hold what is resident now
+    beside activations and ComfyUI's reserve; needs_room: block buffers only fit if fewer weights
+    stay, as the plan has it; fits_bytes: weights that fit beside activations and reserve;
+    copy_rates: pinned and pageable bytes per second, None where nothing has to be copied.
     """
 
     plan: OffloadPlan
@@ -190,15 +190,22 @@ def propose(
         budget_bytes=config.budget_bytes,
         other_bytes=max(held.total - sum(cost.bytes for cost in costs), 0),
     )
+    holds = usable
+    if evicts:  # until so little is free; ComfyUI's own buffers become those of blocks
+        holds = room + host.cast_buffer_bytes() - measured.activation_bytes - host.AIMDO_HEADROOM
     staged = max(staging_bytes(held.streamed, depth), buffers)
-    limits = [usable] * (not evicts) + [config.budget_bytes] * (config.budget_bytes is not None)
-    excess = max(resident + staged - min(limits, default=resident + staged), 0)
+    excess = max(resident + staged - min(holds, config.budget_bytes or holds), 0)
     streamed = _with_less(costs, held, excess) if evicts and excess else held.streamed
     now = simulate(costs, streamed, rate=facts.rate, depth=depth).seconds
     outside, calls = measured.around_blocks(), measured.num_calls
     unchanged, planned = outside + calls * now, outside + calls * plan.forecast.seconds
     needs_room = excess > 0 and not evicts
     expected = planned if needs_room else unchanged
+    buffers_at_most = staging_bytes([cost.bytes for cost in costs], depth)
+    if needs_room and (plan.resident_bytes or 0) + buffers_at_most > min(
+        holds, config.budget_bytes or holds
+    ):
+        expected = measured.step_seconds  # the buffers do not fit whatever gives way
     return Proposal(
         plan=plan,
         step_seconds=planned,

@@ -124,6 +124,9 @@ class OffloadState:
         if gives_back:  # the buffers came out of residency, and their pages may come back now
             host.release_cast_buffers(self._device)
         if after != before or gives_back:
+            is_undone = tuner.trial is None and tuner.verdict is not None
+            if after is None and is_undone:  # what ComfyUI had room for comes back, not more
+                after = self._patcher.slipstream_room_bytes
             host.change_residency(self._patcher, after)
 
     def _remember(self, tuner: Tuner) -> None:

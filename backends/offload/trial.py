@@ -48,7 +48,7 @@ class Memo:
     decisions: dict[Key, Decision] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Trial:
     """A setting that came into force at `step`. previous: what to go back to; least_gain: share of
     a model call that it has to save, negative where it may cost something."""
@@ -57,13 +57,18 @@ class Trial:
     previous: Setting
     least_gain: float
     baseline: Measured
+    num_equal: int = 0  # steps under the setting that did the baseline's work
 
     def gain(self, measured: Measured | None) -> float | None:
-        """What `measured` saves per model call; None if its step did other work."""
+        """What the step that has ended saves per model call; None if it did other work than the
+        baseline, or was the first to do it under this setting: that one makes the buffers."""
         before = self.baseline
         if measured is None or measured is before or not before.work.is_whole:
             return None
         if measured.work != before.work:
+            return None
+        self.num_equal += 1
+        if self.num_equal < 2:
             return None
         return 1.0 - measured.call_seconds / max(before.call_seconds, 1e-9)
 

@@ -140,17 +140,21 @@ class Tuner:
         if self._baseline is None and MEASURED_STEP <= step <= LAST_MEASURED_STEP:
             return True
         if self.trial is not None:
-            return step > self.trial.step
+            return True
         return step == JUDGED_STEP and self.setting.prefetches
 
     def _start_measuring(self) -> None:
+        counters.synchronize(self._device)  # all measured steps begin alike
         self.times = BlockTimes(self.steps.clock)
         counters.reset_peak(self._device)
         self._allocated = counters.allocated_bytes(self._device)[0]
 
     def _end_measuring(self, step: int) -> None:
         times, self.times = self.times, None
-        if times is None or not times.num_calls:
+        if times is None:
+            return
+        if not times.num_calls:
+            self.latest = self._baseline
             return
         counters.synchronize(self._device)
         self.latest = Measured(
@@ -246,8 +250,6 @@ class Tuner:
         """Hold the step that has ended against the baseline, if it can be."""
         assert self.trial is not None
         trial = self.trial
-        if step - 1 <= trial.step:
-            return None
         gain = trial.gain(self.latest)
         if gain is None and not trial.is_over(step):
             return None

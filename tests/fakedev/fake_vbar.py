@@ -85,6 +85,7 @@ class FakeVBAR:
                         return None
                 self.pages.add(page)
                 self._serials[page] = self._serials.get(page, 0) + 1
+        for page in span:
             self.pins[page] = self.pins.get(page, 0) + 1
         self.peak_bytes = max(self.peak_bytes, self.loaded_size())
         return repr([self._serials[page] for page in span]).encode()

@@ -20,6 +20,7 @@ FAKEDEV = HERE / "fakedev"
 BOTH = (
     "checks_both.py",
     "checks_modes.py",
+    "checks_auto.py",
     "checks_compose.py",
     "checks_queue_owners.py",
     "checks_bench.py",

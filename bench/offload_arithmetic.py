@@ -24,7 +24,7 @@ STREAMS = 2  # ComfyUI's; each has a buffer
 class Card:
     """Operations per second at 16 bits, bytes per second from pinned RAM, GB of memory.
 
-    source: who measured compute_rate, with what; None: assumed, see ASSUMED_SHARE.
+    source: where compute_rate comes from; None: assumed, see ASSUMED_SHARE.
     """
 
     compute_rate: float
@@ -41,7 +41,10 @@ CARDS = {
     "3060": Card(compute_rate=17e12, copy_rate=X16_GEN4, memory_gb=12),
     "4060": Card(compute_rate=20e12, copy_rate=X8_GEN4, memory_gb=8),
     "4060 Ti": Card(
-        compute_rate=36e12, copy_rate=X8_GEN4, memory_gb=16, source="gigagpu, Flux in fp16: 2.08 s"
+        compute_rate=36e12,
+        copy_rate=X8_GEN4,
+        memory_gb=16,
+        source="gigagpu, Flux in fp16 at 0.48 it/s",
     ),
     "4070": Card(compute_rate=39e12, copy_rate=X16_GEN4, memory_gb=12),
     "5060 Ti": Card(compute_rate=32e12, copy_rate=X8_GEN5, memory_gb=16),
@@ -49,14 +52,16 @@ CARDS = {
     "3090": Card(
         compute_rate=47.5e12,
         copy_rate=X16_GEN4,
-        source="users' reports, Flux in bf16: 1.5 to 1.7 s",
+        source="commonly told, Flux in bf16 in 1.5 to 1.7 s",
     ),
     "4090": Card(
-        compute_rate=100e12, copy_rate=X16_GEN4, source="users' reports, Flux in bf16: 0.7 to 0.8 s"
+        compute_rate=100e12,
+        copy_rate=X16_GEN4,
+        source="commonly told, Flux in bf16 in 0.7 to 0.8 s",
     ),
     "5090": Card(compute_rate=140e12, copy_rate=X16_GEN5),
     "H100": Card(
-        compute_rate=365e12, copy_rate=X16_GEN5, source="huggingface/diffusers#11605, Wan: 4.60 s"
+        compute_rate=365e12, copy_rate=X16_GEN5, source="huggingface/diffusers#11605, Wan in 4.60 s"
     ),
 }
 

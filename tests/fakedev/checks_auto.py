@@ -137,16 +137,16 @@ def test_a_prefetch_that_gains_is_kept_from_the_first_step_of_the_next_run(env, 
 
 
 def test_real_times_undo_what_gains_nothing(env, monkeypatch):
-    """The device copies in order, so a real trial cannot save a third: it is undone."""
-    expects(monkeypatch, 0.5)
-    monkeypatch.setattr("slipstream.backends.offload.tuner.MIN_GAIN", 0.33)
+    """The device copies in order, so a real trial cannot save four fifths: it is undone."""
+    expects(monkeypatch, 0.9)
+    monkeypatch.setattr("slipstream.backends.offload.tuner.MIN_GAIN", 0.8)
     patched = in_mode(load("wan"), "auto", 0.5)
     for trial in ("undone", "undone before"):
         sample(patched, "wan", steps=STEPS, shape=(1, 16, 3, 16, 16))
         env.end_node()
         found = report(patched)["offload"]
         assert found["trial"] == trial
-        assert found["measured_gain"] < 0.33
+        assert found["measured_gain"] < 0.8
         assert found["prefetch_blocks"] == 0
     assert found["block_copies"] == 0
 

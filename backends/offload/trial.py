@@ -59,9 +59,9 @@ class Trial:
     baseline: Measured
     num_equal: int = 0  # steps under the setting that did the baseline's work
 
-    def gain(self, measured: Measured | None) -> float | None:
-        """What the step that has ended saves per model call; None if it did other work than the
-        baseline, or was the first to do it under this setting: that one makes the buffers."""
+    def step_ended(self, measured: Measured | None) -> float | None:
+        """What that step saved per model call; None if it did other work than the baseline, or was
+        the first to do it under this setting: that one makes the buffers."""
         before = self.baseline
         if measured is None or measured is before or not before.work.is_whole:
             return None

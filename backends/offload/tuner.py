@@ -250,7 +250,7 @@ class Tuner:
         """Hold the step that has ended against the baseline, if it can be."""
         assert self.trial is not None
         trial = self.trial
-        gain = trial.gain(self.latest)
+        gain = trial.step_ended(self.latest)
         if gain is None and not trial.is_over(step):
             return None
         self.trial, self.gain = None, gain

@@ -75,6 +75,7 @@ def make(
     is_short: bool = False,
     needs_room: bool = False,
     can_prefetch: bool = True,
+    can_stage: bool = True,
     num_steps: int = 20,
     plan: OffloadPlan = PLAN,
     modules: Sequence[Any] = (),
@@ -82,7 +83,7 @@ def make(
     """A tuner whose plan is PLAN, with `gain` expected of prefetch."""
     proposal = Proposal(
         plan=plan, step_seconds=0.9, unchanged_seconds=0.8, prefetch_gain=gain, is_short=is_short,
-        needs_room=needs_room, fits_bytes=700,
+        needs_room=needs_room, can_stage=can_stage, fits_bytes=700,
     )  # fmt: skip
     monkeypatch.setattr(tuner.measure, "propose", lambda *args: proposal)
     monkeypatch.setattr(host, "has_weight_hooks", lambda patcher: False)

@@ -151,8 +151,9 @@ class Proposal:
     what dynamic memory leaves of it beside the buffers; prefetch_gain: the most that prefetch can
     save, as a share of the measured step; is_short: the device cannot hold what is resident now
     beside activations and ComfyUI's reserve; needs_room: block buffers only fit if fewer weights
-    stay, as the plan has it; fits_bytes: weights that fit beside activations and reserve;
-    copy_rates: pinned and pageable bytes per second, None where nothing has to be copied.
+    stay, as the plan has it; can_stage: they do fit then; fits_bytes: weights that fit beside
+    activations and reserve; copy_rates: pinned and pageable bytes per second, None where nothing
+    has to be copied.
     """
 
     plan: OffloadPlan
@@ -161,6 +162,7 @@ class Proposal:
     prefetch_gain: float
     is_short: bool
     needs_room: bool = False
+    can_stage: bool = True
     fits_bytes: int = 0
     copy_rates: tuple[float, float] | None = None
 
@@ -201,11 +203,8 @@ def propose(
     unchanged, planned = outside + calls * now, outside + calls * plan.forecast.seconds
     needs_room = excess > 0 and not evicts
     expected = planned if needs_room else unchanged
-    buffers_at_most = staging_bytes([cost.bytes for cost in costs], depth)
-    if needs_room and (plan.resident_bytes or 0) + buffers_at_most > min(
-        holds, config.budget_bytes or holds
-    ):
-        expected = measured.step_seconds  # the buffers do not fit whatever gives way
+    at_most = staging_bytes([cost.bytes for cost in costs], depth)
+    fits = (plan.resident_bytes or 0) + at_most <= min(holds, config.budget_bytes or holds)
     return Proposal(
         plan=plan,
         step_seconds=planned,
@@ -213,6 +212,7 @@ def propose(
         prefetch_gain=max(1.0 - expected / max(measured.step_seconds, 1e-9), 0.0),
         is_short=is_short,
         needs_room=needs_room,
+        can_stage=fits or not needs_room,
         fits_bytes=max(usable, 0),
         copy_rates=host.copy_rates(patcher.load_device),
     )

@@ -7,10 +7,10 @@ change is undone unless it was worth it. A run that begins with what an earlier 
 only, unless there is room again.
 
 Mode auto tries prefetch where at least 3 % are expected and keeps it where as much was measured.
-Under classic memory it also gives way, once, on a device too full for activations: fewer weights
-stay. That is judged too. The measured step ran, so its activations fit after all; a driver that had
-spilled to RAM shows in a shorter step, and where it is over 3 % longer nothing had spilled and
-ComfyUI's own choice was right.
+Under classic memory it also tries to give way, fewer weights, on a device too full for activations
+and ComfyUI's reserve. That has to gain as much: the measured step ran, so its activations fit after
+all. A driver that had spilled to RAM shows in a far shorter step; where it does not, nothing had
+spilled and ComfyUI's own choice was right.
 """
 
 from collections.abc import Sequence
@@ -200,14 +200,16 @@ class Tuner:
 
     def _plan_auto(self, step: int, proposal: Proposal) -> Setting | None:
         """Prefetch where it should gain; else fewer weights where activations need the room."""
-        gains = self._can_prefetch and proposal.prefetch_gain >= MIN_GAIN
+        can_gain = self._can_prefetch and proposal.can_stage
+        gains = can_gain and proposal.prefetch_gain >= MIN_GAIN
         if not gains and not proposal.is_short:
             return None
         if self._num_steps - step < STEPS_TO_TRY:
             self.verdict = "too few steps"
             return None
         if not gains:
-            return self._try(step, Setting(resident_bytes=proposal.fits_bytes), least_gain=-SLOWER)
+            less = Setting(resident_bytes=proposal.fits_bytes)
+            return self._try(step, less, least_gain=MIN_GAIN)
         self.predicted_step_seconds = proposal.unchanged_seconds
         after = Setting(prefetches=True)
         if proposal.needs_room:

@@ -79,8 +79,10 @@ class Card:
 )
 def test_auto_never_holds_less_than_without_the_node(env, monkeypatch, card, reserve_mib):
     """Prefetch gains nothing here: it is undone, what its buffers took comes back, and the next
-    run does not try again."""
+    run does not try again. Two blocks of so small a model have no room under classic memory: there
+    holding fewer weights is tried, and undone as well."""
     family, weights_gib, card_gib = CARDS[card]
+    has_room = env.manager == "dynamic"
     model = load(family)
     # Two runs: with dynamic memory on, the first one makes the weights.
     sample(model, family)
@@ -102,11 +104,13 @@ def test_auto_never_holds_less_than_without_the_node(env, monkeypatch, card, res
         found = report(patched)["offload"]
         assert found["trial"] == trial
         assert found["budget_bytes"] is None
-        assert (found["block_copies"] > 0) == bool(tried)
+        assert (found["block_copies"] > 0) == (has_room and bool(tried))
         for step, resident in enumerate(one.resident):
-            buffers = found["buffer_bytes"] if step in tried else 0
-            pages = 2 * slack if step in tried else slack
-            assert resident + buffers >= plain[-1] - pages, (trial, step, one.resident, plain)
+            if step not in tried:
+                assert resident >= plain[-1] - slack, (trial, step, one.resident, plain)
+            elif env.manager == "dynamic":  # what is missing are the buffers
+                least = plain[-1] - found["buffer_bytes"] - 2 * slack
+                assert resident >= least, (trial, step, one.resident, plain)
     assert 0 < plain[-1] < 0.7 * memory.placed_bytes(model)
     one.resident = []
     latent = sample(model, family, steps=STEPS, callback=one.see)  # without the node
@@ -144,7 +148,7 @@ def test_real_times_undo_what_gains_nothing(env, monkeypatch):
     """The device copies in order, so a real trial cannot save four fifths: it is undone."""
     expects(monkeypatch, 0.9)
     monkeypatch.setattr("slipstream.backends.offload.tuner.MIN_GAIN", 0.8)
-    patched = in_mode(load("wan"), "auto", 0.5)
+    patched = in_mode(load("wan"), "auto", 0.8)
     for trial in ("undone", "undone before"):
         sample(patched, "wan", steps=STEPS, shape=(1, 16, 3, 16, 16))
         env.end_node()
@@ -157,7 +161,7 @@ def test_real_times_undo_what_gains_nothing(env, monkeypatch):
 
 def test_nothing_is_tried_without_an_expected_gain(env, monkeypatch):
     expects(monkeypatch, 0.02)
-    patched = in_mode(load("wan"), "auto", 0.5)
+    patched = in_mode(load("wan"), "auto", 0.8)
     sample(patched, "wan", steps=STEPS)
     found = report(patched)["offload"]
     assert found["trial"] is None
@@ -168,7 +172,7 @@ def test_nothing_is_tried_without_an_expected_gain(env, monkeypatch):
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
 def test_short_runs_try_nothing_and_say_so(env, monkeypatch, steps):
     expects(monkeypatch, 0.2)
-    patched = in_mode(load("wan"), "auto", 0.5)
+    patched = in_mode(load("wan"), "auto", 0.8)
     sample(patched, "wan", steps=steps)
     assert report(patched)["offload"]["block_copies"] == 0
     text = run_log(patched).latest().to_text()
@@ -195,7 +199,7 @@ def test_other_ways_to_sample(env, monkeypatch, options, is_worth):
     found = []
     gain = measure_gain(monkeypatch, found)
     gain(0.2 if is_worth else 0.0)
-    patched = in_mode(model, "auto", 0.5)
+    patched = in_mode(model, "auto", 0.8)
     for _ in range(2):
         assert sample(patched, "wan", **options).equal(full)
         env.end_node()
@@ -241,7 +245,7 @@ def test_an_interrupt_while_it_tries_is_not_remembered(env, monkeypatch, stopped
     env.end_node()
     kept = memory.resident_bytes(model)
     expects(monkeypatch, 0.2)
-    patched = in_mode(model, "auto", 0.5)
+    patched = in_mode(model, "auto", 0.8)
     block, calls = type(blocks(model)[0]), itertools.count()
     forward, stop_at = block.forward, stopped_in * len(blocks(model)) + 3
 

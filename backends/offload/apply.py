@@ -1,5 +1,6 @@
 """apply_offload(model, config): the technique on a clone of a MODEL."""
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +24,9 @@ from .budget import (
 )
 from .config import GIB, OffloadConfig, OffloadError
 from .state import OffloadState
-from .tuner import Memo
+from .trial import Memo
 
+log = logging.getLogger("slipstream")
 _SMALL_BYTES = 16 * 1024  # ComfyUI 0.33 loads modules up to this size in any case
 
 
@@ -42,8 +44,9 @@ class OffloadTechnique:
 def apply_offload(model: Any, config: OffloadConfig) -> Any:
     """A clone of `model` whose weights take no more VRAM than `config` allows.
 
-    Replaces an earlier application. mode off leaves a clone that behaves like `model`. Raises
-    OffloadError where mode manual asks for what this model, device or ComfyUI cannot do.
+    Replaces an earlier application. mode off leaves a clone that behaves like `model`, and so does
+    every mode on a machine without VRAM: workflows travel. Raises OffloadError where mode manual
+    asks for what this model, device or ComfyUI cannot do.
     """
     if config.mode == "manual":
         _check_manual(model, config)
@@ -67,12 +70,18 @@ def hook_blocks(executor: Any, *args: Any, **kwargs: Any) -> Any:
     state = run.states.get(NAME) if run is not None else None
     if options is None or not isinstance(state, OffloadState):
         return executor(*args, **kwargs)
-    with state.model_call(options[CALL], executor.class_obj.diffusion_model):
+    latent = args[0] if args else kwargs.get("x")
+    batch = tuple(getattr(latent, "shape", ()))
+    with state.model_call(options[CALL], executor.class_obj.diffusion_model, batch):
         return executor(*args, **kwargs)
 
 
 def _check_manual(model: Any, config: OffloadConfig) -> None:
     """The two numbers of mode manual are followed exactly, or refused with the fix."""
+    reason = host.no_vram(model)
+    if reason is not None:
+        log.info("Slipstream Layer Offload: nothing to do, %s", reason)
+        return
     reason = host.unsupported(model)
     if reason is not None:
         raise OffloadError(f"mode manual: {reason}. Choose mode auto or off.")

@@ -71,7 +71,10 @@ def buffer_bytes(patcher: Any, config: OffloadConfig) -> int:
 
 
 def plans_prefetch(patcher: Any, config: OffloadConfig) -> bool:
-    """Whether runs of this MODEL stage blocks, sooner or later. auto leaves it to ComfyUI."""
+    """Whether room for staged blocks has to be kept: a run knows, before it mode auto has none."""
+    stages: bool | None = getattr(patcher, "slipstream_stages", None)
+    if stages is not None:
+        return stages
     return config.mode in ("speed", "memory", "manual") and why_no_prefetch(patcher, config) is None
 
 
@@ -99,13 +102,17 @@ def why_no_prefetch(patcher: Any, config: OffloadConfig) -> str | None:
 class BudgetMixin:
     """Put in front of a patcher's own class; it has no `__init__`, clones pass through `clone`.
 
-    slipstream_planned_bytes: cap of a run's plan; slipstream_first: ids of modules to load before
-    all others (classic); slipstream_asks_bytes: what `model_size` answers while ComfyUI makes
+    slipstream_planned_bytes: cap of a run's plan; slipstream_stages: whether the run keeps room for
+    staged blocks; slipstream_first: ids of modules to load before all others (classic);
+    slipstream_room_bytes: what ComfyUI itself last had room for (classic);
+    slipstream_asks_bytes: what `model_size` answers while ComfyUI makes
     room; slipstream_cap_bytes: the cap at the latest load, for the report.
     """
 
     slipstream_planned_bytes: int | None = None
+    slipstream_stages: bool | None = None
     slipstream_first: frozenset[int] = frozenset()
+    slipstream_room_bytes: int | None = None
     slipstream_asks_bytes: int | None = None
     slipstream_cap_bytes: int | None = None
 
@@ -120,6 +127,9 @@ class BudgetMixin:
         # ComfyUI adds what an unpatch frees to extra_memory, so the clamp is relative to now.
         with real_size(self):
             cap = self.slipstream_cap_bytes = resident_cap(self)
+            if self.slipstream_planned_bytes is None and not memory.is_dynamic(self):
+                room = memory.resident_bytes(self) + extra_memory
+                self.slipstream_room_bytes = int(min(room, 2 * memory.weight_bytes(self)))
             if cap is not None and not memory.is_dynamic(self):
                 extra_memory = min(extra_memory, cap - memory.resident_bytes(self))
             load = super().partially_load  # type: ignore[misc]

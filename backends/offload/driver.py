@@ -4,7 +4,7 @@ A driver lives for one run. Its hooks exist for one model call, work for skipped
 reordered blocks, and are gone when the call ends, however it ends.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -37,11 +37,15 @@ class BlockDriver:
         self._times: BlockTimes | None = None
 
     @contextmanager
-    def call(self, upcoming: Upcoming, times: BlockTimes | None) -> Iterator[None]:
-        """The scope of one model call. times: where to write what the units took, if anywhere."""
+    def call(
+        self, upcoming: Upcoming, times: BlockTimes | None, kind: Hashable = None
+    ) -> Iterator[None]:
+        """The scope of one model call.
+
+        times: where to write what it and the units took, if anywhere; kind: see BlockTimes.
+        """
         self._times = times
-        if times is not None:
-            times.num_calls += 1
+        begin = times.clock.mark() if times else None
         self.begin(upcoming)
         try:
             with hooks(self.units, self._around):
@@ -49,6 +53,8 @@ class BlockDriver:
         finally:
             self._times = None
             self.end()
+        if times:
+            times.add_call(kind, begin, times.clock.mark())
 
     @contextmanager
     def _around(self, at: int) -> Iterator[None]:

@@ -19,12 +19,13 @@ from ..memory.counters import synchronize
 from ..memory.host import forced_bytes, is_dynamic, resident_bytes, weight_bytes
 from .blocks import parts_of
 
+AIMDO_HEADROOM = 256 << 20  # comfy-aimdo evicts until as much is free (src/plat.h)
 _CHUNK_BYTES = 64 << 20  # of a bandwidth measurement; less where less is free
 _NUM_CHUNKS = 4
 
 
-def unsupported(patcher: Any) -> str | None:
-    """Why this MODEL cannot have a VRAM budget here, or None."""
+def no_vram(patcher: Any) -> str | None:
+    """Why there is no VRAM to budget on this machine, or None."""
     device = patcher.load_device
     if device.type == "cpu":
         return "the model runs on the CPU: there is no VRAM to budget"
@@ -32,6 +33,14 @@ def unsupported(patcher: Any) -> str | None:
         return "this device shares its memory with the CPU: there is nothing to move"
     if device == getattr(patcher, "offload_device", None):
         return "ComfyUI was started with --highvram or --gpu-only: weights never leave the device"
+    return None
+
+
+def unsupported(patcher: Any) -> str | None:
+    """Why this MODEL cannot have a VRAM budget here, or None."""
+    reason = no_vram(patcher)
+    if reason is not None:
+        return reason
     if is_dynamic(patcher):
         vbar_names = ("set_watermark", "prioritize", "loaded_size")
         vbar_class = _vbar_class()
@@ -88,6 +97,19 @@ def cast_buffer_bytes() -> int:
     classic = getattr(management, "STREAM_CAST_BUFFERS", {}).values()
     dynamic = getattr(management, "STREAM_AIMDO_CAST_BUFFERS", {}).values()
     return sum(b.nbytes for b in classic) + sum(int(b.size()) for b in dynamic)
+
+
+def release_cast_buffers(device: torch.device) -> None:
+    """Give back the buffers that ComfyUI streams through; the next copy makes new ones, as large
+    as it needs. Between two model calls: nothing may be staged."""
+    import comfy.model_management as management
+
+    buffers = getattr(management, "STREAM_AIMDO_CAST_BUFFERS", {})
+    for stream in buffers:
+        if stream is not None:
+            stream.synchronize()
+    synchronize(device)
+    buffers.clear()
 
 
 def cap_watermark(patcher: Any, resident: int) -> None:

@@ -23,8 +23,9 @@ from .plan import (
     largest_first,
     make_plan,
     simulate,
+    staging_bytes,
 )
-from .timing import DeviceClock, UnitTime
+from .timing import DeviceClock, UnitTime, Work
 
 
 @dataclass
@@ -52,13 +53,18 @@ class StepTimes:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """The measured step: its seconds, its model calls, its units, its activations."""
+    """The measured step: its seconds, its model calls, its units, its activations.
+
+    call_seconds: mean of its model calls; is_staged: blocks had all their weights at hand.
+    """
 
     step_seconds: float
     num_calls: int
+    call_seconds: float
+    work: Work
     units: dict[int, UnitTime]
     activation_bytes: int
-    is_staged: bool  # blocks computed with all their weights at hand
+    is_staged: bool
 
     def around_blocks(self) -> float:
         """Seconds of the step outside the blocks: samplers, embedders, the final layer."""
@@ -141,10 +147,13 @@ def device_facts(patcher: Any, measured: Measured, room: int, held: Sizes) -> De
 class Proposal:
     """A plan and the steps it leads to.
 
-    step_seconds: under the plan; unchanged_seconds: with prefetch at the residency of now;
-    prefetch_gain: the most that prefetch alone can save, as a share of the measured step; is_short:
-    the device cannot hold what is resident now beside activations and ComfyUI's reserve;
-    copy_rates: pinned and pageable bytes per second, None where nothing has to be copied.
+    step_seconds: under the plan; unchanged_seconds: with prefetch at the residency of now, or with
+    what dynamic memory leaves of it beside the buffers; prefetch_gain: the most that prefetch can
+    save, as a share of the measured step; is_short: the device cannot hold what is resident now
+    beside activations and ComfyUI's reserve; needs_room: block buffers only fit if fewer weights
+    stay, as the plan has it; can_stage: they do fit then; fits_bytes: weights that fit beside
+    activations and reserve; copy_rates: pinned and pageable bytes per second, None where nothing
+    has to be copied.
     """
 
     plan: OffloadPlan
@@ -152,6 +161,9 @@ class Proposal:
     unchanged_seconds: float
     prefetch_gain: float
     is_short: bool
+    needs_room: bool = False
+    can_stage: bool = True
+    fits_bytes: int = 0
     copy_rates: tuple[float, float] | None = None
 
 
@@ -160,12 +172,12 @@ def propose(
 ) -> Proposal:
     """The plan for the rest of the run, from the measured step."""
     held = sizes(units, patcher)
-    room = room_bytes(patcher, buffers)
+    room, resident = room_bytes(patcher, buffers), memory.resident_bytes(patcher)
     usable = room - measured.activation_bytes - memory.reserve_bytes()
     # Dynamic memory evicts by itself, 256 MiB before the device is full: by ComfyUI's larger
     # reserve (400 MiB and more) every model that does not fit would seem to leave too little.
-    can_be_short = config.mode == "memory" or not memory.is_dynamic(patcher)
-    is_short = can_be_short and memory.resident_bytes(patcher) + buffers > usable
+    evicts = memory.is_dynamic(patcher)
+    is_short = (config.mode == "memory" or not evicts) and resident + buffers > usable
     if config.mode != "memory" and not is_short and not any(held.streamed):
         return _nothing_to_gain(units, measured, held)
     facts = device_facts(patcher, measured, room, held)
@@ -180,17 +192,36 @@ def propose(
         budget_bytes=config.budget_bytes,
         other_bytes=max(held.total - sum(cost.bytes for cost in costs), 0),
     )
-    now = simulate(costs, held.streamed, rate=facts.rate, depth=depth).seconds
+    holds = usable
+    if evicts:  # until so little is free; ComfyUI's own buffers become those of blocks
+        holds = room + host.cast_buffer_bytes() - measured.activation_bytes - host.AIMDO_HEADROOM
+    staged = max(staging_bytes(held.streamed, depth), buffers)
+    excess = max(resident + staged - min(holds, config.budget_bytes or holds), 0)
+    streamed = _with_less(costs, held, excess) if evicts and excess else held.streamed
+    now = simulate(costs, streamed, rate=facts.rate, depth=depth).seconds
     outside, calls = measured.around_blocks(), measured.num_calls
-    unchanged = outside + calls * now
+    unchanged, planned = outside + calls * now, outside + calls * plan.forecast.seconds
+    needs_room = excess > 0 and not evicts
+    expected = planned if needs_room else unchanged
+    at_most = staging_bytes([cost.bytes for cost in costs], depth)
+    fits = (plan.resident_bytes or 0) + at_most <= min(holds, config.budget_bytes or holds)
     return Proposal(
         plan=plan,
-        step_seconds=outside + calls * plan.forecast.seconds,
+        step_seconds=planned,
         unchanged_seconds=unchanged,
-        prefetch_gain=max(1.0 - unchanged / max(measured.step_seconds, 1e-9), 0.0),
+        prefetch_gain=max(1.0 - expected / max(measured.step_seconds, 1e-9), 0.0),
         is_short=is_short,
+        needs_room=needs_room,
+        can_stage=fits or not needs_room,
+        fits_bytes=max(usable, 0),
         copy_rates=host.copy_rates(patcher.load_device),
     )
+
+
+def _with_less(costs: Sequence[BlockCost], held: Sizes, less: int) -> list[int]:
+    """What streams per block when `less` bytes fewer stay, by ComfyUI's order by size."""
+    stay = sum(cost.bytes for cost in costs) - sum(held.streamed) - less
+    return largest_first(costs, max(stay, 0))
 
 
 def _nothing_to_gain(units: Sequence[Unit], measured: Measured, held: Sizes) -> Proposal:

@@ -7,6 +7,7 @@ from ..memory.section import gib
 from ..report import Section
 from .config import OffloadConfig
 from .plan import MIN_GAIN, OffloadPlan
+from .trial import Setting, Verdict
 
 
 @dataclass
@@ -15,8 +16,10 @@ class Outcome:
 
     manager: "classic" or "dynamic"; budget_bytes: cap for weights and buffers; depth: blocks
     staged ahead, -1 for ComfyUI's own streaming; num_skipped: blocks that did not run (a
-    cache, skip-layer guidance); is_plan_in_force: the residency is the plan's; copy_rates: pinned
-    and pageable bytes per second.
+    cache, skip-layer guidance); is_plan_in_force: the residency is the plan's; prefetch_gain: the
+    most that was expected of prefetch; tried, verdict, gain: what mode auto tried, and how that
+    did, see Tuner; copy_rates: pinned and pageable bytes per second; four_bit_bytes: of a 4-bit
+    file that would fit.
     """
 
     reason: str | None = None
@@ -38,6 +41,11 @@ class Outcome:
     measured_step_seconds: float | None = None
     copy_rates: tuple[float, float] | None = None
     is_rolled_back: bool = False
+    tried: Setting | None = None
+    verdict: Verdict | None = None
+    gain: float | None = None
+    num_steps: int = 0
+    four_bit_bytes: int | None = None
     remarks: list[str] = field(default_factory=list)
 
 
@@ -71,6 +79,9 @@ def _json(config: OffloadConfig, outcome: Outcome) -> dict[str, Any]:
         "pinned_bytes_per_second": None if rates is None else rates[0],
         "pageable_bytes_per_second": None if rates is None else rates[1],
         "rolled_back": outcome.is_rolled_back,
+        "trial": outcome.verdict,
+        "measured_gain": outcome.gain,
+        "four_bit_bytes": outcome.four_bit_bytes,
     }
 
 
@@ -98,16 +109,42 @@ def _lines(config: OffloadConfig, outcome: Outcome) -> list[str]:
         lines.append("  " + _copies(*outcome.copy_rates))
     if outcome.plan is not None:
         lines.extend("  " + line for line in _plan(config, outcome, outcome.plan))
-    if outcome.is_rolled_back:
+    if config.mode == "auto":
+        lines.extend("  " + line for line in _tried(outcome))
+    elif outcome.is_rolled_back:
         lines.append("  the plan was tried and undone: it made a step over 3 % longer")
-    gain = outcome.prefetch_gain
-    if config.mode == "auto" and gain is not None and gain >= MIN_GAIN and not outcome.no_prefetch:
-        lines.append(
-            f"  block prefetch could save up to {gain:.0%} of a step (estimated): try mode speed"
-        )
     if outcome.no_prefetch and config.mode not in ("auto", "off"):
         lines.append(f"  no block prefetch: {outcome.no_prefetch}")
     return lines + [f"  {remark}" for remark in outcome.remarks]
+
+
+def _tried(outcome: Outcome) -> list[str]:
+    """What mode auto tried, and how that did."""
+    what = "holding fewer weights, the device is too full"
+    if outcome.tried is None or outcome.tried.prefetches:
+        what = "block prefetch"
+    gained = ""
+    if outcome.gain is not None:
+        gained = f"{abs(outcome.gain):.1%} {'longer' if outcome.gain < 0 else 'shorter'}"
+    match outcome.verdict:
+        case "kept":
+            return [f"{what}: tried and kept, a model call is {gained}"]
+        case "undone":
+            return [f"{what}: tried and undone, a model call was {gained}"]
+        case "not comparable":
+            return [f"{what}: tried and undone, no two steps did the same work to compare"]
+        case "kept before":
+            return [f"{what}: from the first step on, an earlier run measured calls {gained}"]
+        case "undone before":
+            return [f"{what}: not tried, an earlier run measured calls {gained}"]
+        case "too few steps":
+            expected = outcome.prefetch_gain or 0
+            if expected >= MIN_GAIN:
+                return [
+                    f"{what}: could save up to {expected:.0%} of a step (estimated), not tried in "
+                    f"{outcome.num_steps} steps"
+                ]
+    return []
 
 
 def _headline(config: OffloadConfig, outcome: Outcome) -> str:
@@ -142,5 +179,7 @@ def _plan(config: OffloadConfig, outcome: Outcome, plan: OffloadPlan) -> list[st
         return [f"plan: {resident}, estimated as if blocks were copied ahead: {plan.why}"]
     if outcome.is_plan_in_force:
         return [f"plan: {resident}, {ahead}: {plan.why}"]
+    if config.mode == "auto":
+        return []
     name = "best with prefetch" if config.mode == "speed" else "plan for prefetch, not used"
     return [f"{name}: {resident}, {ahead}: {plan.why}"]

@@ -12,15 +12,18 @@ from typing import TYPE_CHECKING, Any
 from .. import host as comfy
 from ..architectures import find
 from ..memory import host as memory
+from ..memory.section import gib
 from ..report import Section
-from . import host
+from . import host, measure
 from .blocks import units_of
 from .budget import KEY, resident_cap, why_no_prefetch
 from .config import OffloadConfig
 from .driver import BlockDriver, PrefetchError, QueueDriver, Upcoming
+from .four_bit import four_bit_bytes
 from .section import Outcome, write
 from .stream import Streamer
-from .tuner import JUDGED_STEP, PLANNED_STEP, Memo, Setting, Tuner
+from .trial import Key, Memo, Setting
+from .tuner import PLANNED_STEP, Tuner
 
 if TYPE_CHECKING:
     from ..calls import ModelCall
@@ -52,20 +55,29 @@ class OffloadState:
         if reason is None:
             self.outcome.no_prefetch = why_no_prefetch(run.patcher, config)
             can_prefetch = self.outcome.no_prefetch is None
-            self._tuner = Tuner(run.patcher, config, self._units, can_prefetch=can_prefetch)
-            self._put_on_patcher(self._tuner.setting)
+            self._tuner = Tuner(
+                run.patcher,
+                config,
+                self._units,
+                can_prefetch=can_prefetch,
+                num_steps=run.num_steps,
+            )
+            self._put_on_patcher(self._tuner.setting, stages=self._tuner.stages)
 
     def prepare(self, noise_shape: tuple[int, ...]) -> None:
         """Before ComfyUI loads the model: the cap to start with."""
         if self._tuner is None:
             return
         self._shape = noise_shape
-        self._tuner.follow(self._memo().decisions.get((noise_shape, self._config)))
-        self._put_on_patcher(self._tuner.setting)
+        self._tuner.follow(self._memo().decisions.get(self._key()))
+        self._put_on_patcher(self._tuner.setting, stages=self._tuner.stages)
 
     @contextmanager
-    def model_call(self, call: "ModelCall", network: Any) -> Iterator[None]:
-        """The scope of one model call: begins a step if it is its first, hooks the blocks."""
+    def model_call(self, call: "ModelCall", network: Any, batch: tuple[int, ...]) -> Iterator[None]:
+        """The scope of one model call: begins a step if it is its first, hooks the blocks.
+
+        batch: shape of the latent that the call is for.
+        """
         if self._tuner is None or network is not self._network:
             yield
             return
@@ -76,13 +88,15 @@ class OffloadState:
         if driver is None:
             yield
             return
-        with driver.call(self._upcoming(call), self._tuner.times):
+        kind = (batch, call.cond_or_uncond)
+        with driver.call(self._upcoming(call), self._tuner.times, kind):
             yield
 
     def section(self) -> Section:
         """The report's offload section; called when sampling is over, however it ended."""
         if self._tuner is not None:
             self._tuner.finish()
+            self._remember(self._tuner)
             self._describe(self._tuner)
         return write(self._config, self.outcome)
 
@@ -92,36 +106,55 @@ class OffloadState:
             self._drop_driver()
         finally:
             if self._tuner is not None:
-                self._put_on_patcher(Setting())
+                self._put_on_patcher(Setting(), stages=None)
             self._patcher = self._tuner = None
             self._units = []
 
     def _begin_step(self, tuner: Tuner) -> None:
         buffers = self._driver.staged_peak_bytes if self._driver is not None else 0
+        was_staged = tuner.setting.prefetches
         changed = tuner.begin_step(buffers)
         if changed is None:
             return
         self._drop_driver()
         before = resident_cap(self._patcher)
-        self._put_on_patcher(changed)
+        self._put_on_patcher(changed, stages=tuner.stages)
         after = resident_cap(self._patcher)
-        if after != before:
+        gives_back = was_staged and not changed.prefetches and memory.is_dynamic(self._patcher)
+        if gives_back:  # the buffers came out of residency, and their pages may come back now
+            host.release_cast_buffers(self._device)
+        if after != before or gives_back:
+            is_undone = tuner.trial is None and tuner.verdict is not None
+            if after is None and is_undone:  # what ComfyUI had room for comes back, not more
+                after = self._patcher.slipstream_room_bytes
             host.change_residency(self._patcher, after)
-        decision = tuner.decision()
-        if decision is not None:
-            self._memo().decisions[(self._shape, self._config)] = decision
 
-    def _put_on_patcher(self, setting: Setting) -> None:
+    def _remember(self, tuner: Tuner) -> None:
+        """For later runs; one that was stopped while it tried something has found nothing out."""
+        if tuner.trial is not None and not self._run.is_complete:
+            return
+        decision, decisions = tuner.decision(), self._memo().decisions
+        if decision is None:
+            decisions.pop(self._key(), None)
+        else:
+            decisions[self._key()] = decision
+
+    def _put_on_patcher(self, setting: Setting, *, stages: bool | None) -> None:
         """What `resident_cap` and the load order of this patcher follow from now on."""
         chosen = set(setting.first_blocks)
         tops = [unit.module for unit in self._units if unit.block in chosen]
         self._patcher.slipstream_first = frozenset(id(m) for top in tops for m in top.modules())
         self._patcher.slipstream_planned_bytes = setting.resident_bytes
+        self._patcher.slipstream_stages = stages
 
     def _memo(self) -> Memo:
         memo = self._patcher.get_attachment(KEY)
         assert isinstance(memo, Memo)
         return memo
+
+    def _key(self) -> Key:
+        card = f"{self._device} {comfy.device_name(self._device)}"
+        return self._shape, self._config, card
 
     def _driver_for_call(self, tuner: Tuner) -> BlockDriver | None:
         """The driver of this call: prefetch, or times alone while a step is measured."""
@@ -175,22 +208,45 @@ class OffloadState:
         outcome.pinned_bytes = memory.pinned_bytes(patcher)
         budget = self._config.budget_bytes
         outcome.budget_bytes = resident_cap(patcher) if budget is None else budget
-        if tuner.latest is not None and tuner.latest.is_staged:
-            waiting = sum(unit.waiting for unit in tuner.latest.units.values())
-            outcome.stall_seconds = waiting * tuner.latest.num_calls
-        proposal = tuner.proposal
+        self._describe_times(tuner)
+        proposal, planned = tuner.proposal, tuner.setting.resident_bytes
         if proposal is not None:
             outcome.plan, outcome.prefetch_gain = proposal.plan, proposal.prefetch_gain
             outcome.copy_rates = proposal.copy_rates
-            outcome.is_plan_in_force = tuner.setting.resident_bytes is not None
-            if proposal.is_short and outcome.is_plan_in_force:
-                outcome.remarks.append(
-                    "the device was too full for activations: fewer weights stay"
-                )
+            is_own = planned == proposal.plan.resident_bytes or tuner.is_fixed
+            outcome.is_plan_in_force = planned is not None and is_own
         elif self._config.mode in ("speed", "memory") and tuner.num_steps <= PLANNED_STEP:
             outcome.remarks.append(f"no plan: it needs more than {PLANNED_STEP} steps")
+        if self._config.mode in ("auto", "speed") and planned is not None:
+            outcome.remarks.append("the device was too full: fewer weights stay")
+        self._look_for_four_bits(tuner)
         if outcome.streamed_bytes and host.lora_rounds_by_residency(patcher):
             outcome.remarks.append(LORA_ROUNDS)
-        outcome.predicted_step_seconds = tuner.predicted_step_seconds
-        outcome.measured_step_seconds = tuner.steps.mean(JUDGED_STEP)
+
+    def _describe_times(self, tuner: Tuner) -> None:
+        outcome, latest = self.outcome, tuner.latest
+        if latest is not None and latest.is_staged and tuner.setting.prefetches:
+            waiting = sum(unit.waiting for unit in latest.units.values())
+            outcome.stall_seconds = waiting * latest.num_calls
+        outcome.num_steps = self._run.num_steps
+        outcome.tried, outcome.verdict, outcome.gain = tuner.tried, tuner.verdict, tuner.gain
         outcome.is_rolled_back = tuner.is_rolled_back
+        outcome.predicted_step_seconds = tuner.predicted_step_seconds
+        outcome.measured_step_seconds = tuner.steps.mean(tuner.settled_step)
+
+    def _look_for_four_bits(self, tuner: Tuner) -> None:
+        """Whether the whole model would fit in 4 bits, where it does not as it is."""
+        outcome, patcher = self.outcome, self._patcher
+        if not outcome.streamed_bytes or tuner.latest is None:
+            return
+        room = measure.room_bytes(patcher, host.cast_buffer_bytes())
+        fits = room - tuner.latest.activation_bytes - memory.reserve_bytes()
+        fits = min(fits, self._config.budget_bytes or fits)
+        total, size = memory.placed_bytes(patcher), four_bit_bytes(self._network)
+        if size is None or not size <= fits < total:
+            return
+        outcome.four_bit_bytes = size
+        outcome.remarks.append(
+            f"a 4-bit file of this model would fit: about {gib(size)} GiB of weights instead of "
+            f"{gib(total)}, where {gib(fits)} fit beside activations (SVDQuant Convert makes one)"
+        )

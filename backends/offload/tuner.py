@@ -1,13 +1,19 @@
 """Which step measures, which one changes residency or prefetch, and which one judges the change.
 
 Step 0 warms up. Step 1 is measured block by block, before anything changes. At the start of step
-2 the plan is made and put in force; step 3 is held against step 1, and a change that made it more
-than 3 % slower is rolled back, but not one that gave way on a device too full for activations. A
-run that begins with the setting of an earlier one measures only, unless there is room again.
+2 the plan is made and what the mode does with it is tried (trial.py). The first step under a new
+setting makes its buffers and is not judged; the next one is held against the measured one, and the
+change is undone unless it was worth it. A run that begins with what an earlier one found measures
+only, unless there is room again.
+
+Mode auto tries prefetch where at least 3 % are expected and keeps it where as much was measured.
+Under classic memory it also tries to give way, fewer weights, on a device too full for activations
+and ComfyUI's reserve. That has to gain as much: the measured step ran, so its activations fit after
+all. A driver that had spilled to RAM shows in a far shorter step; where it does not, nothing had
+spilled and ComfyUI's own choice was right.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from ..memory import counters
@@ -15,56 +21,51 @@ from . import host, measure
 from .blocks import Unit
 from .config import OffloadConfig
 from .measure import Measured, Proposal, StepTimes
-from .plan import SLOWER
+from .plan import MIN_GAIN, SLOWER
 from .timing import BlockTimes, DeviceClock
+from .trial import Decision, Setting, Trial, Verdict
 
 MEASURED_STEP, PLANNED_STEP, JUDGED_STEP = 1, 2, 3
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """How a step runs. resident_bytes: None leaves it to the widget; first_blocks: loaded first."""
-
-    resident_bytes: int | None = None
-    first_blocks: tuple[int, ...] = ()
-    prefetches: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Decision:
-    """What a run found: the setting to begin with, the step it predicts, whether it was undone."""
-
-    setting: Setting
-    predicted_step_seconds: float | None
-    is_rolled_back: bool = False
-
-
-@dataclass
-class Memo:
-    """(latent shape, config) -> Decision. Numbers only; on the MODEL, shared by its clones."""
-
-    decisions: dict[tuple[tuple[int, ...], OffloadConfig], Decision] = field(default_factory=dict)
+LAST_MEASURED_STEP = 4  # where caches leave out blocks: how long mode auto waits for a whole step
+STEPS_TO_TRY = 3  # the first one, the one that is judged, and one to gain from
 
 
 class Tuner:
-    """The steps of one run. `setting` is in force; `begin_step` says when it changes."""
+    """The steps of one run. `setting` is in force; `begin_step` says when it changes.
+
+    num_steps: of the run; trial: open until what was `tried` is judged; verdict: how that ended,
+    or why nothing was tried; gain: the measured one, as a share of a model call.
+    """
 
     def __init__(
-        self, patcher: Any, config: OffloadConfig, units: Sequence[Unit], *, can_prefetch: bool
+        self,
+        patcher: Any,
+        config: OffloadConfig,
+        units: Sequence[Unit],
+        *,
+        can_prefetch: bool,
+        num_steps: int,
     ):
         self._patcher = patcher
         self._config = config
         self._units = units
+        first = {id(unit.module): at for at, unit in reversed(list(enumerate(units)))}
+        self._positions = sorted(first.values())  # one module may have two places in a stack
         self._can_prefetch = can_prefetch
+        self._num_steps = num_steps
         self._device = patcher.load_device
         self.steps = StepTimes(DeviceClock(self._device))
         self.times: BlockTimes | None = None  # of the step that is being measured
         self.latest: Measured | None = None
         self.proposal: Proposal | None = None
         self.predicted_step_seconds: float | None = None
-        self.is_rolled_back = False
-        self._measured: Measured | None = None
-        self._previous: Setting | None = None  # what to go back to
+        self.trial: Trial | None = None
+        self.tried: Setting | None = None
+        self.verdict: Verdict | None = None
+        self.gain: float | None = None
+        self.settled_step = JUDGED_STEP  # from here on steps run alike, as far as known
+        self._baseline: Measured | None = None
+        self._decision: Decision | None = None
         self._allocated = 0
         self.is_fixed = config.mode == "manual"
         prefetches = can_prefetch and config.mode in ("memory", "manual")
@@ -72,16 +73,29 @@ class Tuner:
         if config.mode == "memory" and can_prefetch:
             self.setting = Setting(resident_bytes=0, prefetches=True)
 
+    @property
+    def is_rolled_back(self) -> bool:
+        """Something was tried and undone, in this run or in the one it follows."""
+        return self.verdict in ("undone", "undone before")
+
+    @property
+    def stages(self) -> bool:
+        """Whether room for staged blocks is to be kept: in mode speed before they come, too."""
+        will_stage = self._config.mode == "speed" and self._can_prefetch
+        return self.setting.prefetches or (will_stage and not self.is_rolled_back)
+
     def follow(self, decision: Decision | None) -> None:
-        """Begin with what an earlier run of the same shape and config found."""
-        if decision is None or self.is_fixed:
+        """Begin with what an earlier run of the same shape, config and card found."""
+        if decision is None or self._config.mode == "manual":
             return
         if decision.setting.prefetches and not self._can_prefetch:
             return
         self.is_fixed = True
+        self._decision = decision
         self.setting = decision.setting
+        self.tried, self.gain = decision.tried, decision.gain
+        self.verdict = "undone before" if decision.is_rolled_back else "kept before"
         self.predicted_step_seconds = decision.predicted_step_seconds
-        self.is_rolled_back = decision.is_rolled_back
 
     def begin_step(self, buffer_bytes: int) -> Setting | None:
         """A new step begins. Returns the setting to put in force from here on, if it changes.
@@ -90,15 +104,13 @@ class Tuner:
         """
         step = len(self.steps.marks)
         self.steps.mark()
-        if self.times is not None:
-            counters.synchronize(self._device)
-            self._read(step - 1)
+        self._end_measuring(step - 1)
         changed = None
-        if step == PLANNED_STEP and self._measured is not None:
-            changed = self._plan(buffer_bytes)
-        elif step == JUDGED_STEP + 1 and self._previous is not None:
-            changed = self._judge()
-        if step in (MEASURED_STEP, JUDGED_STEP) and self._units:
+        if self.trial is not None:
+            changed = self._judge(step)
+        elif self.proposal is None and self._baseline is not None and step >= PLANNED_STEP:
+            changed = self._plan(step, buffer_bytes)
+        if self._units and self._wants_times(step):
             self._start_measuring()
         return changed
 
@@ -108,53 +120,73 @@ class Tuner:
         return max(len(self.steps.marks) - 1, 0)
 
     def finish(self) -> None:
-        """Sampling is over: the last step ends here."""
-        if self.steps.marks:
-            self.steps.mark()
-            counters.synchronize(self._device)
-        if self.times is not None and self.times.num_calls:
-            self._read(len(self.steps.marks) - 2)
+        """Sampling is over: the last step ends here, and nothing can be changed any more."""
+        if not self.steps.marks:
+            return
+        self.steps.mark()
+        counters.synchronize(self._device)
+        self._end_measuring(self.num_steps - 1)
+        if self.trial is not None:
+            self._judge(self.num_steps)
 
     def decision(self) -> Decision | None:
-        """What later runs should begin with; None before the plan was made."""
-        if self.proposal is None:
-            return None
-        return Decision(
-            setting=self.setting,
-            predicted_step_seconds=self.predicted_step_seconds,
-            is_rolled_back=self.is_rolled_back,
-        )
+        """What later runs should begin with; None: with the widgets, and find out themselves.
+
+        Mode auto remembers nothing that was not judged, the others what they were told to do.
+        """
+        return self._decision
+
+    def _wants_times(self, step: int) -> bool:
+        if self._baseline is None and MEASURED_STEP <= step <= LAST_MEASURED_STEP:
+            return True
+        if self.trial is not None:
+            return True
+        return step == JUDGED_STEP and self.setting.prefetches
 
     def _start_measuring(self) -> None:
+        counters.synchronize(self._device)  # all measured steps begin alike
         self.times = BlockTimes(self.steps.clock)
         counters.reset_peak(self._device)
         self._allocated = counters.allocated_bytes(self._device)[0]
 
-    def _read(self, step: int) -> None:
-        assert self.times is not None
+    def _end_measuring(self, step: int) -> None:
+        times, self.times = self.times, None
+        if times is None:
+            return
+        if not times.num_calls:
+            self.latest = self._baseline
+            return
+        counters.synchronize(self._device)
         self.latest = Measured(
             step_seconds=self.steps.seconds(step),
-            num_calls=self.times.num_calls,
-            units=self.times.read(),
+            num_calls=times.num_calls,
+            call_seconds=times.call_seconds(),
+            work=times.work(self._positions),
+            units=times.read(),
             activation_bytes=measure.activation_bytes(self._device, self._allocated),
             is_staged=self.setting.prefetches,
         )
-        self.times = None
-        if step == MEASURED_STEP:
-            self._measured = self.latest
+        waits_for_whole = self._config.mode == "auto" and not self.is_fixed
+        if self._baseline is None and (self.latest.work.is_whole or not waits_for_whole):
+            self._baseline = self.latest
 
-    def _plan(self, buffer_bytes: int) -> Setting | None:
-        assert self._measured is not None
-        if not self._measured.units or host.has_weight_hooks(self._patcher):
+    def _plan(self, step: int, buffer_bytes: int) -> Setting | None:
+        assert self._baseline is not None
+        if not self._baseline.units or host.has_weight_hooks(self._patcher):
             return None
         self.proposal = proposal = measure.propose(
-            self._patcher, self._units, self._measured, self._config, buffer_bytes
+            self._patcher, self._units, self._baseline, self._config, buffer_bytes
         )
         if self.is_fixed:
-            return self._keep_or_fill(proposal)
-        mode, plan, before = self._config.mode, proposal.plan, self.setting
-        moves = mode == "memory" or proposal.is_short
-        wants_prefetch = mode == "speed" and plan.depth >= 0 and self._can_prefetch
+            return self._keep_or_fill(step, proposal)
+        if self._config.mode == "auto":
+            return self._plan_auto(step, proposal)
+        before, plan = self.setting, proposal.plan
+        wants_prefetch = (
+            self._config.mode == "speed" and plan.depth >= 0 and self._can_prefetch
+        )  # memory does from its first step
+        moves = self._config.mode == "memory" or proposal.is_short
+        moves |= wants_prefetch and proposal.needs_room
         after = Setting(
             resident_bytes=plan.resident_bytes if moves else before.resident_bytes,
             first_blocks=plan.resident_blocks if moves else before.first_blocks,
@@ -164,36 +196,87 @@ class Tuner:
             self.predicted_step_seconds = (
                 proposal.step_seconds if moves else proposal.unchanged_seconds
             )
-        return self._change_to(after, may_undo=not proposal.is_short)
+        return self._try(step, after, least_gain=-SLOWER)
 
-    def _keep_or_fill(self, proposal: Proposal) -> Setting | None:
-        """A run that follows an earlier one changes only if the device is no longer too full."""
+    def _plan_auto(self, step: int, proposal: Proposal) -> Setting | None:
+        """Prefetch where it should gain; else fewer weights where activations need the room."""
+        can_gain = self._can_prefetch and proposal.can_stage
+        gains = can_gain and proposal.prefetch_gain >= MIN_GAIN
+        if not gains and not proposal.is_short:
+            return None
+        if self._num_steps - step < STEPS_TO_TRY:
+            self.verdict = "too few steps"
+            return None
+        if not gains:
+            less = Setting(resident_bytes=proposal.fits_bytes)
+            return self._try(step, less, least_gain=MIN_GAIN)
+        self.predicted_step_seconds = proposal.unchanged_seconds
+        after = Setting(prefetches=True)
+        if proposal.needs_room:
+            self.predicted_step_seconds = proposal.step_seconds
+            plan = proposal.plan
+            after = Setting(
+                resident_bytes=plan.resident_bytes,
+                first_blocks=plan.resident_blocks,
+                prefetches=True,
+            )
+        return self._try(step, after, least_gain=MIN_GAIN)
+
+    def _keep_or_fill(self, step: int, proposal: Proposal) -> Setting | None:
+        """A run that follows an earlier one changes only if everything fits by now."""
         if self.setting.prefetches:
             self.predicted_step_seconds = proposal.unchanged_seconds
-        gave_way = (
-            self._config.mode in ("auto", "speed") and self.setting.resident_bytes is not None
-        )
-        if not gave_way or proposal.plan.resident_bytes is not None:
+        is_own = self._config.mode in ("auto", "speed") and self.setting != Setting()
+        if not is_own or proposal.plan.resident_bytes is not None:
             return None
-        self.predicted_step_seconds = None
-        return self._change_to(Setting(), may_undo=False)
+        self._decision = self.tried = self.verdict = self.gain = None
+        return self._change_to(step, Setting())
 
-    def _judge(self) -> Setting | None:
-        counters.synchronize(self._device)
-        assert self._previous is not None
-        assert self._measured is not None
-        if self.steps.seconds(JUDGED_STEP) <= self._measured.step_seconds * (1 + SLOWER):
-            return None
-        self.is_rolled_back = True
-        self.predicted_step_seconds = None
-        return self._change_to(self._previous, may_undo=False)
-
-    def _change_to(self, setting: Setting, *, may_undo: bool) -> Setting | None:
+    def _try(self, step: int, setting: Setting, *, least_gain: float) -> Setting | None:
         before = self.setting
         if setting == before:
             return None
+        assert self._baseline is not None
+        self.trial = Trial(
+            step=step, previous=before, least_gain=least_gain, baseline=self._baseline
+        )
+        self.tried = self._change_to(step, setting)
         # More resident weights alone cannot make a step slower: nothing to judge.
-        only_raises = before.prefetches == setting.prefetches and before.resident_bytes == 0
-        self._previous = before if may_undo and not only_raises else None
+        if before.prefetches == setting.prefetches and before.resident_bytes == 0:
+            self.trial = None
+        if self._config.mode != "auto":
+            self._remember()
+        return setting
+
+    def _judge(self, step: int) -> Setting | None:
+        """Hold the step that has ended against the baseline, if it can be."""
+        assert self.trial is not None
+        trial = self.trial
+        gain = trial.step_ended(self.latest)
+        if gain is None and not trial.is_over(step):
+            return None
+        self.trial, self.gain = None, gain
+        is_undone = self._config.mode == "auto" if gain is None else gain < trial.least_gain
+        self.verdict = "undone" if is_undone else "kept"
+        if gain is None:
+            self.verdict = "not comparable"
+        if is_undone:
+            self.predicted_step_seconds = None
+            self._change_to(step, trial.previous)
+        if gain is not None:
+            self._remember()
+        return trial.previous if is_undone else None
+
+    def _remember(self) -> None:
+        self._decision = Decision(
+            setting=self.setting,
+            predicted_step_seconds=self.predicted_step_seconds,
+            tried=self.tried,
+            is_rolled_back=self.is_rolled_back,
+            gain=self.gain,
+        )
+
+    def _change_to(self, step: int, setting: Setting) -> Setting:
         self.setting = setting
+        self.settled_step = step + 1
         return setting

@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import comfy_home
 import fake_comfy
 import fake_models
+import fake_vbar
 import pytest
 import torch
 
@@ -28,6 +29,7 @@ def clean_device(env):
     """Every check begins and ends with nothing loaded."""
     env.device.total_bytes = 10**12
     yield
+    env.device.total_bytes, fake_vbar.Room.headroom_bytes = 10**12, 0
     env.end_node()
     import comfy.model_management
 

@@ -32,6 +32,8 @@ def start(manager: str, *, total_bytes: int = 10**12) -> SimpleNamespace:
     if manager == "classic":
         return SimpleNamespace(device=device, manager=manager, end_node=lambda: None)
     fake_vbar.install(DEVICE)
+    device.unbacked = fake_vbar.FakeVBAR.unbacked_bytes
+    fake_vbar.Room.free = device.free
     _load_without_writing_data()
 
     import comfy.memory_management
@@ -50,8 +52,7 @@ def _place_models_on(accelerator: torch.device, device: Any) -> None:
     def free_memory(dev: Any = None, torch_free_too: bool = False) -> Any:
         if (accelerator if dev is None else dev).type != fake_device.NAME:
             return on_host(dev, torch_free_too)
-        free = device.total_bytes - device.held()
-        return (free, 0) if torch_free_too else free
+        return (device.free(), 0) if torch_free_too else device.free()
 
     rounding = comfy.float.stochastic_rounding
 

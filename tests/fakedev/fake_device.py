@@ -61,10 +61,13 @@ def build() -> Any:
 def register(total_bytes: int = 10**12) -> Any:
     """Make the device known to torch under NAME, with memory counters like torch.cuda's.
 
-    Returns the compiled module; `module.total_bytes` may be set later.
+    Returns the compiled module; `module.total_bytes` may be set later. `module.unbacked` says how
+    many held bytes are address ranges without memory; `module.free()` is what is left.
     """
     device = build()
     device.total_bytes = total_bytes
+    device.unbacked = lambda: 0
+    device.free = lambda: device.total_bytes - device.held() + device.unbacked()
     torch.utils.rename_privateuse1_backend(NAME)
     api: Any = types.ModuleType(NAME)
     api.is_available = api.is_initialized = lambda: True
@@ -73,7 +76,7 @@ def register(total_bytes: int = 10**12) -> Any:
     api.current_device = lambda: 0
     api.synchronize = lambda device=None: None
     api.get_amp_supported_dtype = lambda: [torch.float16, torch.bfloat16]
-    api.mem_get_info = lambda index=None: (device.total_bytes - device.held(), device.total_bytes)
+    api.mem_get_info = lambda index=None: (device.free(), device.total_bytes)
     api.memory_allocated = lambda index=None: device.held()
     api.max_memory_allocated = lambda index=None: device.peak()
     api.reset_peak_memory_stats = lambda index=None: device.reset_peak()

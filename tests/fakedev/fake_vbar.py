@@ -1,11 +1,16 @@
 """A stand-in for comfy-aimdo: VBARs with pages, pins, signatures and a watermark, in RAM.
 
 Pages are 64 KiB, so that tiny models have many. Source of the behaviour: comfy-aimdo 0.4.9 as
-ComfyUI 0.33 uses it.
+ComfyUI 0.33 uses it. It keeps `Room.headroom_bytes` of the device free (256 MiB in src/plat.h,
+here set by the check to the model's scale): a page that does not fit evicts the highest pages of
+the model used longest ago, at last of its own, whose watermark goes down with them until the next
+load (src/model-vbar.c). Kinder than aimdo in one thing: torch's own allocations do not evict, what
+they took is missed by the next page only.
 """
 
 import contextlib
 import weakref
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -13,10 +18,25 @@ import torch
 PAGE = 64 * 1024
 
 
+class Room:
+    """What is free for pages: `free` is told by the device, which counts its bytes."""
+
+    headroom_bytes = 0
+    free: ClassVar[Callable[[], int]] = staticmethod(lambda: 10**12)
+
+    @classmethod
+    def has(cls, size: int) -> bool:
+        return cls.free() - size >= cls.headroom_bytes
+
+
 class FakeVBAR:
-    """An address range. A fault makes its pages resident, or fails above the watermark."""
+    """An address range. A fault makes its pages resident, or fails above the watermark.
+
+    made: live ones; order: their priorities, the lowest first.
+    """
 
     made: ClassVar["weakref.WeakSet[FakeVBAR]"] = weakref.WeakSet()
+    last_rank = 0
     device = torch.device("cpu")
 
     def __init__(self, size: int, device: int):
@@ -29,7 +49,23 @@ class FakeVBAR:
         self.peak_bytes = 0
         self._serials: dict[int, int] = {}
         self._memory: torch.Tensor | None = None
+        self.rank = FakeVBAR.last_rank = FakeVBAR.last_rank + 1
         FakeVBAR.made.add(self)
+
+    @classmethod
+    def evict(cls, until: Callable[[], bool]) -> None:
+        """Lower the watermarks, those of the lowest priority first, until there is room."""
+        for one in sorted(cls.made, key=lambda vbar: vbar.rank):
+            while one.watermark > 0 and not until():
+                one.watermark -= 1
+                if not one.pins.get(one.watermark):
+                    one.pages.discard(one.watermark)
+
+    @classmethod
+    def unbacked_bytes(cls) -> int:
+        """Of the address ranges, which this device holds whole: what no page is resident in."""
+        held = sum(one._memory.numel() for one in cls.made if one._memory is not None)
+        return held - sum(one.loaded_size() for one in cls.made)
 
     def alloc(self, num_bytes: int) -> tuple["FakeVBAR", int, int]:
         offset = (self.offset + 511) & ~511
@@ -43,8 +79,13 @@ class FakeVBAR:
             return None
         for page in span:
             if page not in self.pages:
+                if not Room.has(PAGE):
+                    self.evict(lambda page=page: Room.has(PAGE) or self.watermark <= page)
+                    if page >= self.watermark:
+                        return None
                 self.pages.add(page)
                 self._serials[page] = self._serials.get(page, 0) + 1
+        for page in span:
             self.pins[page] = self.pins.get(page, 0) + 1
         self.peak_bytes = max(self.peak_bytes, self.loaded_size())
         return repr([self._serials[page] for page in span]).encode()
@@ -56,6 +97,7 @@ class FakeVBAR:
                 self.pages.discard(page)
 
     def prioritize(self) -> None:
+        self.rank = FakeVBAR.last_rank = FakeVBAR.last_rank + 1
         self.watermark = self.num_pages
 
     def set_watermark(self, num_bytes: int) -> None:
@@ -104,6 +146,8 @@ class FakeCastBuffer:
 
     def get(self, size: int, offset: int = 0) -> tuple["FakeCastBuffer", int, int]:
         if size + offset > self.size():
+            missing = size + offset - self.size()
+            FakeVBAR.evict(lambda: Room.has(missing))
             grown = torch.empty(size + offset, dtype=torch.uint8, device=self.device)
             grown[: self.size()].copy_(self._memory)
             self._memory = grown

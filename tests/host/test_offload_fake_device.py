@@ -20,6 +20,7 @@ FAKEDEV = HERE / "fakedev"
 BOTH = (
     "checks_both.py",
     "checks_modes.py",
+    "checks_auto.py",
     "checks_compose.py",
     "checks_queue_owners.py",
     "checks_bench.py",
@@ -38,7 +39,7 @@ def names(manager: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def results(tmp_path_factory, request):
     """manager -> check -> messages of its failures and skips; runs a management when asked."""
     if comfy_home.find() is None:
         pytest.skip(comfy_home.NOT_FOUND)
@@ -54,17 +55,18 @@ def results(tmp_path_factory):
 
     def of(manager: str) -> dict[str, list[ElementTree.Element]]:
         if manager not in known:
-            known[manager] = run(manager, tmp_path_factory.mktemp(manager) / "results.xml")
+            full = ["--full"] if request.config.getoption("--full") else []
+            known[manager] = run(manager, tmp_path_factory.mktemp(manager) / "results.xml", full)
         return known[manager]
 
     return of
 
 
-def run(manager: str, report: Path) -> dict[str, list[ElementTree.Element]]:
+def run(manager: str, report: Path, options: list[str]) -> dict[str, list[ElementTree.Element]]:
     files = [str(FAKEDEV / file) for file in FILES[manager]]
     command = [sys.executable, "-m", "pytest", "-c", str(HERE / "pytest.ini"), *files]
     env = os.environ | {"SLIPSTREAM_FAKE_MANAGER": manager, "OMP_NUM_THREADS": "1"}
-    command.append(f"--junitxml={report}")
+    command += [f"--junitxml={report}", *options]
     # Not in the pack's root: Python puts the folder on sys.path, and our nodes/ would be found.
     limit_s = 200 * patience()
     done = subprocess.run(

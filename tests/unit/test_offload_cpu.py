@@ -1,12 +1,14 @@
 """The node where there is nothing to offload, on the stand-in: nothing changes, and it says why."""
 
+import logging
+
 import fake_patcher
 import pytest
 import torch
 from slipstream.backends import conflicts, host
 from slipstream.backends.offload.apply import apply_offload
 from slipstream.backends.offload.config import MODES, OffloadConfig, OffloadError
-from slipstream.backends.run import attached, run_log
+from slipstream.backends.run import Run, attached, run_log
 from slipstream.bench.offload_overhead import RoomyPatcher
 
 CPU_REASON = "the model runs on the CPU: there is no VRAM to budget"
@@ -16,7 +18,7 @@ def noise():
     return torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "manual"])
+@pytest.mark.parametrize("mode", MODES)
 def test_nothing_changes_and_the_report_says_why(mode):
     model = fake_patcher.FakePatcher()
     plain = fake_patcher.sample(model, noise(), steps=3)
@@ -60,11 +62,25 @@ def test_memory_section_without_device_counters():
     assert memory["could_stay_resident"] == []
 
 
+@pytest.mark.parametrize(
+    ("device", "offload_device", "reason"),
+    [
+        ("cpu", "cpu", CPU_REASON),
+        ("mps", "cpu", "this device shares its memory with the CPU"),
+        ("cuda", "cuda", "ComfyUI was started with --highvram or --gpu-only"),
+    ],
+)
 @pytest.mark.parametrize("budget", [0.0, 1.0])
-def test_manual_is_refused_with_the_reason(budget):
-    config = OffloadConfig(mode="manual", vram_budget_gb=budget)
-    with pytest.raises(OffloadError, match=f"mode manual: {CPU_REASON}. Choose mode auto or off."):
-        apply_offload(fake_patcher.FakePatcher(), config)
+def test_manual_without_vram_is_a_note(caplog, device, offload_device, reason, budget):
+    """Workflows travel: what another machine needs is no error on this one."""
+    model = fake_patcher.FakePatcher()
+    model.load_device, model.offload_device = torch.device(device), torch.device(offload_device)
+    with caplog.at_level(logging.INFO, "slipstream"):
+        patched = apply_offload(model, OffloadConfig(mode="manual", vram_budget_gb=budget))
+    (message,) = [record.message for record in caplog.records]
+    assert message.startswith(f"Slipstream Layer Offload: nothing to do, {reason}")
+    state = attached(patched)["offload"].start(Run(patched, torch.tensor([1.0, 0.0]), {}))
+    assert state.outcome.reason.startswith(reason)
 
 
 class Large(RoomyPatcher):

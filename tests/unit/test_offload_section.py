@@ -6,6 +6,7 @@ import pytest
 from slipstream.backends.offload.config import GIB, OffloadConfig
 from slipstream.backends.offload.plan import Forecast, OffloadPlan, all_resident
 from slipstream.backends.offload.section import Outcome, write
+from slipstream.backends.offload.trial import Setting
 
 HIDDEN = OffloadPlan(
     resident_bytes=3 * GIB,
@@ -29,7 +30,6 @@ def lines(mode, **fields):
     [
         ("memory", {"is_plan_in_force": True}, "plan: 3.00 GiB resident, 1 block ahead: copies"),
         ("auto", {"is_plan_in_force": True}, "plan: 3.00 GiB resident, 1 block ahead: copies"),
-        ("auto", {}, "plan for prefetch, not used: 3.00 GiB resident, 1 block ahead: copies"),
         ("manual", {}, "plan for prefetch, not used: 3.00 GiB resident, 1 block ahead: copies"),
         ("speed", {}, "best with prefetch: 3.00 GiB resident, 1 block ahead: copies"),
         (
@@ -50,6 +50,52 @@ def test_no_plan_for_prefetch_where_there_is_none(mode):
     assert "ahead" not in text
     assert "could save" not in text
     assert ("no block prefetch" in text) == (mode != "auto")
+
+
+STAGED, LESS = Setting(prefetches=True), Setting(resident_bytes=GIB)
+
+
+@pytest.mark.parametrize(
+    ("fields", "line"),
+    [
+        (
+            {"verdict": "kept", "gain": 0.214, "tried": STAGED},
+            "block prefetch: tried and kept, a model call is 21.4% shorter",
+        ),
+        (
+            {"verdict": "undone", "gain": -0.01, "tried": STAGED},
+            "block prefetch: tried and undone, a model call was 1.0% longer",
+        ),
+        (
+            {"verdict": "undone", "gain": -0.05, "tried": LESS},
+            "holding fewer weights, the device is too full: tried and undone, a model call was "
+            "5.0% longer",
+        ),
+        (
+            {"verdict": "not comparable", "tried": STAGED},
+            "block prefetch: tried and undone, no two steps did the same work to compare",
+        ),
+        (
+            {"verdict": "kept before", "gain": 0.2, "tried": STAGED},
+            "block prefetch: from the first step on, an earlier run measured calls 20.0% shorter",
+        ),
+        (
+            {"verdict": "undone before", "gain": 0.01, "tried": STAGED},
+            "block prefetch: not tried, an earlier run measured calls 1.0% shorter",
+        ),
+        (
+            {"verdict": "too few steps", "prefetch_gain": 0.2, "num_steps": 4},
+            "block prefetch: could save up to 20% of a step (estimated), not tried in 4 steps",
+        ),
+    ],
+)
+def test_auto_says_what_it_tried(fields, line):
+    assert lines("auto", plan=HIDDEN, **fields)[-1] == f"  {line}"
+
+
+@pytest.mark.parametrize("fields", [{}, {"verdict": "too few steps"}, {"prefetch_gain": 0.01}])
+def test_auto_is_silent_where_nothing_was_expected(fields):
+    assert len(lines("auto", plan=HIDDEN, **fields)) == 1
 
 
 def test_undone_plan():

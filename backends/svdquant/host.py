@@ -22,6 +22,7 @@ from .layout import wrap
 from .measure import measured_order
 from .segments import FILE_DTYPES
 from .technique import Loaded, SVDQuantTechnique
+from .variants import variant_notes
 from .weight import QuantWeight
 
 RELOADABLE = ("load_svdquant",)  # what a worker process may call
@@ -114,6 +115,7 @@ def technique_of(
         dialect=checkpoint.dialect,
         weight_bytes=weight_bytes,
         keys=tuple(f"{name}.weight" for name in layers),
+        notes=tuple(variant_notes(checkpoint)),
     )
     return SVDQuantTechnique(loaded, engine)
 

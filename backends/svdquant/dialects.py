@@ -18,6 +18,7 @@ from .file_layers import (
     LITE,
     N1,
     N2,
+    NTEXT,
     SUFFIXES,
     FileLayer,
     LayerReader,
@@ -29,6 +30,7 @@ DIALECTS = {
     N2: "Nunchaku (proj_down, smooth_factor)",
     LITE: "Nunchaku Lite",
     KITCHEN: "comfy-kitchen",
+    NTEXT: "Nunchaku text encoder",
 }
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.")
 
@@ -71,7 +73,8 @@ def detect(header: Header) -> Checkpoint:
     """What `header` describes. Raises CheckpointError if the loader cannot use it."""
     keys = _without_prefix(header)
     dialect = _dialect(header, keys)
-    layers = _kitchen(header, keys) if dialect == KITCHEN else _nunchaku(header, keys, dialect)
+    is_kitchen = dialect == KITCHEN
+    layers = kitchen_layers(header, keys) if is_kitchen else _nunchaku(header, keys, dialect)
     parts = {key for found in layers.values() for key in found.parts.values()}
     dense = {name: key for name, key in keys.items() if key not in parts}
     family, native = _family(header, dialect, layers, dense)
@@ -94,6 +97,11 @@ def _without_prefix(header: Header) -> dict[str, str]:
 
 def _dialect(header: Header, keys: dict[str, str]) -> str:
     endings = {name.rpartition(".")[2] for name in keys}
+    if "scaled_zeros" in endings:
+        raise CheckpointError(
+            f"{header.path.name} is a 4-bit text encoder. Put it into text_encoders and use "
+            "Slipstream SVDQuant CLIP Loader."
+        )
     if "qweight" in endings:
         if "lora_down" in endings or "smooth" in endings:
             return N1
@@ -101,7 +109,7 @@ def _dialect(header: Header, keys: dict[str, str]) -> str:
             return LITE
         return N2 if "smooth_factor_orig" in endings else LITE
     if "weight_proj_down" in endings or any(
-        _options(header, key).get("format") == "svdquant_w4a4"
+        quant_options(header, key).get("format") == "svdquant_w4a4"
         for name, key in keys.items()
         if name.endswith(".comfy_quant")
     ):
@@ -185,7 +193,8 @@ def _nunchaku(header: Header, keys: dict[str, str], dialect: str) -> dict[str, F
     return layers
 
 
-def _kitchen(header: Header, keys: dict[str, str]) -> dict[str, FileLayer]:
+def kitchen_layers(header: Header, keys: dict[str, str]) -> dict[str, FileLayer]:
+    """The quantised layers of a file in comfy-kitchen's dialect; keys: tensor name -> key."""
     named = {}
     for name, key in keys.items():
         owner, _, suffix = name.rpartition(".")
@@ -194,12 +203,12 @@ def _kitchen(header: Header, keys: dict[str, str]) -> dict[str, FileLayer]:
     layers = {}
     for name in {n.rpartition(".")[0] for n in named if n.endswith(".weight_scale")}:
         parts = {p: named[f"{name}.{s}"] for p, s in suffixes.items() if f"{name}.{s}" in named}
-        options = _options(header, parts["options"]) if "options" in parts else {}
+        options = quant_options(header, parts["options"]) if "options" in parts else {}
         layers[name] = LayerReader(header, name, parts, suffixes).kitchen(options)
     return layers
 
 
-def _options(header: Header, key: str) -> dict[str, Any]:
+def quant_options(header: Header, key: str) -> dict[str, Any]:
     """The JSON object that a comfy_quant tensor holds; empty if it holds none."""
     if header.tensors[key].dtype != "U8" or header.tensors[key].num_bytes > 65536:
         return {}

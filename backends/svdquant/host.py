@@ -69,11 +69,12 @@ def load_svdquant(
 @dataclass
 class ReadModel:
     """A file's tensors under ComfyUI's names, quantised ones wrapped; samples: a weight of each
-    precision; weight_bytes: of all quantised weights."""
+    precision; weight_bytes: of all quantised weights; form: for people."""
 
     state: dict[str, torch.Tensor] = field(default_factory=dict)
     samples: dict[str, QuantWeight] = field(default_factory=dict)
     weight_bytes: int = 0
+    form: str = ""
 
 
 def read_model(

@@ -106,7 +106,8 @@ class Family:
     halves (scale, shift) are exchanged; diffusers_config: the `config` metadata from the network's
     tensor shapes; fp4_rows: nvfp4's factor is written per row (wcscales) instead of once (wtscale)
     in every layer, not only where q, k and v are fused; comfy_config: the metadata of that name;
-    quantization: more of the quantization_config; variants: models told apart by a tensor.
+    quantization: more of the quantization_config; variants: models told apart by a tensor;
+    keeps_dtype: 16-bit tensors are handed to ComfyUI as the file has them.
     """
 
     id: str
@@ -124,6 +125,7 @@ class Family:
     comfy_config: Callable[[Shapes], dict[str, Any]] | None = None
     quantization: dict[str, Any] = field(default_factory=dict)
     variants: tuple[Variant, ...] = ()
+    keeps_dtype: bool = False
 
     def canonical(self, name: str) -> str:
         """The layer or tensor name with older names inside blocks replaced."""

@@ -95,6 +95,32 @@ def write_t5(path, seed=0, embedding="shared.weight", dtype=torch.float16):
     return dense
 
 
+def write_t5_base(path):
+    """T5 base at full size with random codes, in Nunchaku's form; returns its 4-bit layers."""
+    generator = torch.Generator().manual_seed(0)
+    width, wide, layers = 768, 3072, []
+    for i in range(12):
+        block = f"encoder.block.{i}.layer."
+        layers += [(f"{block}0.SelfAttention.{n}", width, width) for n in ("q", "k", "v", "o")]
+        layers.append((f"{block}1.DenseReluDense.wi", wide, width))
+        layers.append((f"{block}1.DenseReluDense.wo", width, wide))
+    norms = [f"encoder.block.{i}.layer.{j}.layer_norm" for i in range(12) for j in (0, 1)]
+    tensors = {
+        f"{n}.weight": torch.ones(width).half() for n in (*norms, "encoder.final_layer_norm")
+    }
+    bias = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    tensors[bias] = torch.randn(32, 12, generator=generator).half()
+    tensors["shared.weight"] = torch.randn(32128, width, generator=generator).half()
+    for name, rows, columns in layers:
+        words = torch.randint(-(2**15), 2**15, (rows // 4, columns), generator=generator)
+        groups, step = -(-(columns // GROUP) // 8) * 8, columns**-0.5 / 4
+        tensors[f"{name}.qweight"] = words.to(torch.int16)
+        tensors[f"{name}.scales"] = torch.full((groups, rows), step).half()
+        tensors[f"{name}.scaled_zeros"] = torch.full((groups, rows), -7.5 * step).half()
+    save_file(tensors, path)
+    return len(layers)
+
+
 def write_clip_l(path, seed=0):
     """An ordinary 16-bit CLIP-L; returns its tensors as fp32."""
     generator = torch.Generator().manual_seed(seed)

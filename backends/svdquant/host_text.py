@@ -38,9 +38,9 @@ class TextEngine(Engine):
 
     def kernel(self, segment: Segment, x: torch.Tensor) -> Kernel:
         many = segment.facts.precision == "awq" and x.shape[0] > GEMV_ROWS
-        if self.backend == "auto" and (many or x.dtype == torch.float32):
-            return _DEQUANT
-        if self.backend == "kitchen" and many:
+        if (many and self.backend != "reference") or (
+            self.backend == "auto" and x.dtype == torch.float32
+        ):
             return _DEQUANT
         return super().kernel(segment, x)
 

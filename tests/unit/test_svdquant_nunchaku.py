@@ -23,10 +23,10 @@ from slipstream.backends.svdquant.inspection import inspect_text
 MARKER = "__index_timestep_zero__"
 EMBEDDING = "time_text_embed.addition_t_embedding.weight"
 SIZES = {
-    "flux": {"depth": 2, "single": 2},
-    "qwen-image": {"depth": 2},
+    "flux": {"depth": 1, "single": 1},
+    "qwen-image": {"depth": 1},
     # a width at which ComfyUI's and diffusers' feed-forward agree, as they do at 3840
-    "z-image": {"hidden": 384, "wide": 1024, "layers": 2},
+    "z-image": {"hidden": 384, "wide": 1024},
 }
 MODELS = ("flux", "flux-schnell", "qwen-image", "edit-2509", "edit-2511", "layered", "z-image")
 FLAGS = {

@@ -91,7 +91,7 @@ def test_the_rules_see_what_a_strict_load_refuses(tmp_path):
     assert broken({"x_pad_token": pad})[0].startswith("x_pad_token is ('BF16', (384,))")
 
 
-@pytest.mark.parametrize("family", svdquant_models.OWN)
+@pytest.mark.parametrize("family", SIZES)  # SDXL: host/test_svdquant_sdxl.py, by its names
 def test_fused_qkv_has_a_factor_per_row(family, tmp_path):
     """Nunchaku's fused q, k, v of Z-Image ignores wtscale; everything honours wcscales."""
     path = tmp_path / "any.safetensors"

@@ -13,6 +13,7 @@ from .svdquant import (
     SlipstreamSVDQuantInspect,
     SlipstreamSVDQuantLoader,
 )
+from .svdquant_clip import SlipstreamSVDQuantCLIPLoader
 
 NODES: list[type[io.ComfyNode]] = [
     SlipstreamAttention,
@@ -25,6 +26,7 @@ NODES: list[type[io.ComfyNode]] = [
     SlipstreamSVDQuantInspect,
     SlipstreamSVDQuantCalibrate,
     SlipstreamSVDQuantConvert,
+    SlipstreamSVDQuantCLIPLoader,
 ]
 
 

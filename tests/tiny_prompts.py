@@ -16,7 +16,7 @@ MODELS = {
     "svdq-int4_r32-flux.1-dev.safetensors": "flux_svdquant",
 }
 VAES = {"ae.safetensors": "taef1"}
-TEXT_ENCODERS = {"CLIPLoader", "DualCLIPLoader"}
+TEXT_ENCODERS = {"CLIPLoader", "DualCLIPLoader", "SlipstreamSVDQuantCLIPLoader"}
 SIZES = {"width": 128, "height": 128, "length": 5}
 
 

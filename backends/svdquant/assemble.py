@@ -19,6 +19,7 @@ from .families import Block, Family, Grid, Layer, Piece
 from .file_layers import LITE
 from .header import Header
 from .segments import SegmentReader, WithBias
+from .variants import missing_markers
 from .weight import QuantWeight, Segment, rows_of, stack_columns, stack_rows, whole
 
 Assembled = tuple[str, "torch.Tensor | QuantWeight"]
@@ -67,6 +68,8 @@ class _Assembler:
     def run(self) -> Iterator[Assembled]:
         checkpoint = self.checkpoint
         yield from self.native() if checkpoint.native else self.diffusers(checkpoint.family)
+        for name in missing_markers(checkpoint):
+            yield name, torch.empty(0)
         left = sorted({*checkpoint.layers, *checkpoint.dense} - self.used)
         if left:
             raise CheckpointError(

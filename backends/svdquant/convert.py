@@ -237,7 +237,7 @@ def packed_layer(
         "down": layouts.down_to_file(quantised.down.to(DTYPE)),
         "up": layouts.up_to_file(quantised.up.to(DTYPE)),
     }
-    if is_fp4 and family.fp4_rows:
+    if is_fp4 and family.scales_rows(name):
         rows = torch.full((codes.codes.shape[0],), codes.tensor, dtype=torch.float32)
         parts["rows"] = layouts.vector_to_file(rows.to(DTYPE))
     elif is_fp4:

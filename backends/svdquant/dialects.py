@@ -18,6 +18,7 @@ from .file_layers import (
     LITE,
     N1,
     N2,
+    NTEXT,
     SUFFIXES,
     FileLayer,
     LayerReader,
@@ -29,6 +30,7 @@ DIALECTS = {
     N2: "Nunchaku (proj_down, smooth_factor)",
     LITE: "Nunchaku Lite",
     KITCHEN: "comfy-kitchen",
+    NTEXT: "Nunchaku text encoder",
 }
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.")
 _CORE_PREFIXES = (*PREFIXES, "model.model.", "net.", "model.")  # what ComfyUI strips as well
@@ -80,10 +82,10 @@ class Checkpoint:
 def detect(header: Header) -> Checkpoint:
     """What `header` describes. Raises CheckpointError if the loader cannot use it."""
     keys = _without_prefix(header)
-    settings = _layer_settings(header, keys)
+    settings = layer_settings(header, keys)
     dialect = _dialect(header, keys, settings)
     if dialect == KITCHEN:
-        layers = _kitchen(header, keys, settings)
+        layers = kitchen_layers(header, keys, settings)
     else:
         layers = _nunchaku(header, keys, dialect)
     parts = {key for found in layers.values() for key in found.parts.values()}
@@ -98,7 +100,7 @@ def detect(header: Header) -> Checkpoint:
     if not native:
         layers = {family.canonical(n): found for n, found in layers.items()}
         dense = {family.canonical(n): key for n, key in dense.items()}
-    core_layers = {} if dialect != KITCHEN else {n: s for n, s in settings.items() if _is_core(s)}
+    core_layers = {} if dialect != KITCHEN else {n: s for n, s in settings.items() if is_core(s)}
     return Checkpoint(
         header=header,
         dialect=dialect,
@@ -121,7 +123,7 @@ def _without_prefix(header: Header) -> dict[str, str]:
     return {name.removeprefix(PREFIXES[0]): name for name in inside or names}
 
 
-def _layer_settings(header: Header, keys: dict[str, str]) -> dict[str, dict[str, Any]]:
+def layer_settings(header: Header, keys: dict[str, str]) -> dict[str, dict[str, Any]]:
     """Layer name -> its comfy_quant settings, from its tensor or from the file's metadata."""
     stated = header.json("_quantization_metadata").get("layers")
     found = {}
@@ -132,16 +134,22 @@ def _layer_settings(header: Header, keys: dict[str, str]) -> dict[str, dict[str,
     for name, key in keys.items():
         owner, _, suffix = name.rpartition(".")
         if suffix == "comfy_quant":
-            found[owner] = _options(header, key)
+            found[owner] = quant_options(header, key)
     return found
 
 
-def _is_core(settings: dict[str, Any]) -> bool:
+def is_core(settings: dict[str, Any]) -> bool:
+    """Whether a layer is in another format of comfy_quant, which ComfyUI computes."""
     return isinstance(settings.get("format"), str) and settings["format"] not in OWN_FORMATS
 
 
 def _dialect(header: Header, keys: dict[str, str], settings: dict[str, dict[str, Any]]) -> str:
     endings = {name.rpartition(".")[2] for name in keys}
+    if "scaled_zeros" in endings:
+        raise CheckpointError(
+            f"{header.path.name} is a 4-bit text encoder. Put it into text_encoders and use "
+            "Slipstream SVDQuant CLIP Loader."
+        )
     if "qweight" in endings:
         if "lora_down" in endings or "smooth" in endings:
             return N1
@@ -233,9 +241,13 @@ def _nunchaku(header: Header, keys: dict[str, str], dialect: str) -> dict[str, F
     return layers
 
 
-def _kitchen(
+def kitchen_layers(
     header: Header, keys: dict[str, str], settings: dict[str, dict[str, Any]]
 ) -> dict[str, FileLayer]:
+    """The quantised layers of a file in comfy-kitchen's dialect.
+
+    keys: tensor name -> key; settings: as of layer_settings.
+    """
     named = {}
     for name, key in keys.items():
         owner, _, suffix = name.rpartition(".")
@@ -243,16 +255,16 @@ def _kitchen(
     suffixes = SUFFIXES[KITCHEN]
     layers = {}
     owners = {n.rpartition(".")[0] for n in named if n.endswith(".weight_scale")}
-    for name in owners | {n for n, one in settings.items() if not _is_core(one)}:
+    for name in owners | {n for n, one in settings.items() if not is_core(one)}:
         options = settings.get(name, {})
-        if _is_core(options):
+        if is_core(options):
             continue
         parts = {p: named[f"{name}.{s}"] for p, s in suffixes.items() if f"{name}.{s}" in named}
         layers[name] = LayerReader(header, name, parts, suffixes).kitchen(options)
     return layers
 
 
-def _options(header: Header, key: str) -> dict[str, Any]:
+def quant_options(header: Header, key: str) -> dict[str, Any]:
     """The JSON object that a comfy_quant tensor holds; empty if it holds none."""
     if header.tensors[key].dtype != "U8" or header.tensors[key].num_bytes > 65536:
         return {}

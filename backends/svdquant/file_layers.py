@@ -3,14 +3,15 @@
 Pure header logic. Every check raises CheckpointError with the layer's name in the sentence.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .errors import CheckpointError
 from .header import Header, TensorEntry
-from .layouts import TILE
+from .layouts import GROUP, TILE
 
 N1, N2, LITE, KITCHEN = "nunchaku-1", "nunchaku-2", "nunchaku-lite", "comfy-kitchen"
+NTEXT = "nunchaku-text"  # text encoders
 FLOATS = ("BF16", "F16", "F32")
 
 # part of a layer -> suffix of its key
@@ -43,6 +44,8 @@ SUFFIXES: dict[str, dict[str, str]] = {
 }
 SUFFIXES[LITE] = SUFFIXES[N2]
 AWQ_SUFFIXES = {"q": "qweight", "scale": "wscales", "zeros": "wzeros", "bias": "bias"}
+TEXT_SUFFIXES = {"q": "qweight", "scale": "scales", "zeros": "scaled_zeros", "bias": "bias"}
+TEXT_GROUP = 128  # the only one that Nunchaku's matmul of text encoders takes
 # comfy-kitchen's own serialiser prefixes the parts of a weight
 KITCHEN_ALIASES = {
     "weight_proj_down": "proj_down",
@@ -58,7 +61,8 @@ class FileLayer:
 
     precision: int4, nvfp4 (both with 4-bit inputs) or awq (int4 weights, 16-bit inputs);
     parts: part -> key; unsigned: as the file says it, None where topology decides; folded: the
-    low-rank branch reads unsmoothed inputs (false: it must be divided by smooth first).
+    low-rank branch reads unsmoothed inputs (false: it must be divided by smooth first); group:
+    columns to one scale (awq).
     """
 
     name: str
@@ -69,6 +73,7 @@ class FileLayer:
     parts: dict[str, str]
     unsigned: bool | None = None
     folded: bool = True
+    group: int = GROUP["awq"]
 
 
 class LayerReader:
@@ -169,6 +174,17 @@ class LayerReader:
         self.check("scale", (groups, num_rows))
         self.check("zeros", (groups, num_rows))
         return self._awq(num_rows, num_columns)
+
+    def text_awq(self) -> FileLayer:
+        """A layer of Nunchaku's text encoders: its scales are padded to a multiple of 8 groups."""
+        quarter, num_columns = self.matrix("q", ("I16",))
+        num_rows = quarter * 4
+        if not num_rows or not num_columns or num_columns % TEXT_GROUP:
+            raise self.fail(f"has N={num_rows}, K={num_columns}: not a multiple of {TEXT_GROUP}")
+        num_groups = -(-num_columns // (8 * TEXT_GROUP)) * 8
+        self.check("scale", (num_groups, num_rows))
+        self.check("zeros", (num_groups, num_rows))
+        return replace(self._awq(num_rows, num_columns), group=TEXT_GROUP)
 
     def kitchen(self, options: dict[str, Any]) -> FileLayer:
         kind = options.get("format", "svdquant_w4a4" if "smooth" in self.parts else "")

@@ -25,6 +25,7 @@ from .layout import wrap
 from .measure import measured_order
 from .segments import FILE_DTYPES
 from .technique import Loaded, SVDQuantTechnique
+from .variants import variant_notes
 from .weight import QuantWeight
 
 log = logging.getLogger("slipstream")
@@ -78,11 +79,12 @@ def load_svdquant(
 @dataclass
 class ReadModel:
     """A file's tensors under ComfyUI's names, quantised ones wrapped; samples: a weight of each
-    precision; weight_bytes: of all quantised weights."""
+    precision; weight_bytes: of all quantised weights; form: for people."""
 
     state: dict[str, torch.Tensor] = field(default_factory=dict)
     samples: dict[str, QuantWeight] = field(default_factory=dict)
     weight_bytes: int = 0
+    form: str = ""
 
 
 def read_model(
@@ -129,6 +131,7 @@ def technique_of(
         dialect=checkpoint.dialect,
         weight_bytes=weight_bytes,
         keys=tuple(f"{name}.weight" for name in layers),
+        notes=tuple(variant_notes(checkpoint)),
     )
     return SVDQuantTechnique(loaded, engine)
 

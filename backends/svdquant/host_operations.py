@@ -98,7 +98,8 @@ def operations(engine: Engine, mixed: Any = None) -> type:
                 if value is None:
                     continue
                 if not is_quantised(value) and not metadata.get("assign_to_params_buffers"):
-                    value = value.clone()
+                    # as torch copies into a parameter of the layer's dtype
+                    value = value.to(self.weight_comfy_model_dtype or value.dtype, copy=True)
                 setattr(self, name, torch.nn.Parameter(value, requires_grad=False))
             if self.quantised:
                 # asked for by whatever patches weights in place, core's merge nodes included

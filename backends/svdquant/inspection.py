@@ -14,6 +14,7 @@ from .engine import Engine, request_for
 from .kernels import KERNELS, Kernel, LayerRequest
 from .segments import FILE_DTYPES, unsigned_by_topology
 from .technique import size_text
+from .variants import variant_lines
 from .weight import Facts
 
 _NAME = re.compile(r"svdq-(int4|fp4)_r(\d+)-")
@@ -38,6 +39,7 @@ def inspect_text(checkpoint: Checkpoint, device: torch.device, title: str = "") 
         f"Quantised layers: {len(layers)} ({shown}), {size_text(quantised)}; "
         f"other tensors: {len(checkpoint.dense)}.",
         *other_parts(checkpoint),
+        *variant_lines(checkpoint),
         *doubts(checkpoint),
         f"Backends on {_device_name(device)}:",
         *(f"  {kernel.id}: {verdict(kernel, checkpoint, device)}" for kernel in KERNELS),

@@ -30,7 +30,7 @@ def metadata(plan: Plan, header: Header, config: ConvertConfig) -> dict[str, str
     }
     texts = {
         "model_class": plan.family.model_class,
-        "config": json.dumps(plan.family.diffusers_config(shapes)),
+        "config": json.dumps(plan.family.config(shapes)),
         "quantization_config": json.dumps(quantization),
         "format": "pt",
     }

@@ -181,6 +181,8 @@ class _Planner:
 
     def copies(self) -> Iterator[Copy]:
         for name in sorted(self.names - self.used):
+            if self.family.is_marker(name):
+                continue
             target = self.family.written(self.renamed(name))
             swapped = name.rpartition(".")[0] in self.family.swapped
             yield Copy(source=name, target=target, shape=self.shape(name), swapped=swapped)
@@ -242,7 +244,7 @@ def _layer_tensors(
             "up": ("BF16", (num_rows, config.rank)),
         }
         if config.precision == "nvfp4":
-            if family.fp4_rows:
+            if family.scales_rows(target.name):
                 shapes["rows"] = ("BF16", (num_rows,))
             else:
                 shapes["tensor"] = ("F32", (1,))

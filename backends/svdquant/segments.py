@@ -8,7 +8,7 @@ from . import layouts
 from .dialects import Checkpoint
 from .errors import CheckpointError
 from .families import Block
-from .file_layers import KITCHEN, LITE, FileLayer
+from .file_layers import KITCHEN, N1, N2, FileLayer
 from .weight import Facts, Segment
 
 FILE_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}  # of Checkpoint.dtype
@@ -36,6 +36,8 @@ class SegmentReader:
             return tensor
         if not _finite(tensor):
             raise self.bad(name, "contains NaN or infinite values")
+        if self.checkpoint.family.keeps_dtype:
+            return tensor
         return narrowed(tensor, self.dtype)
 
     def segment(self, layer: FileLayer, *, unsigned: bool, chunks: int) -> WithBias:
@@ -44,7 +46,7 @@ class SegmentReader:
         is_native = self.checkpoint.dialect == KITCHEN
         if layer.precision == "awq":
             # only Nunchaku's own files interleave modulation rows and add 1 to the scales
-            own = not is_native and self.checkpoint.dialect != LITE
+            own = self.checkpoint.dialect in (N1, N2)
             return self._awq(layer, is_native, chunks if own else 0)
         shifted = unsigned if layer.unsigned is None else layer.unsigned
         facts = Facts(
@@ -127,8 +129,9 @@ class SegmentReader:
         q, scale, zeros = (self._part(layer, part) for part in ("q", "scale", "zeros"))
         bias = self._bias(layer, packed=False)
         if not is_native:
-            groups = layer.num_columns // layouts.GROUP["awq"]
-            q, scale, zeros = layouts.awq_from_file(q), scale[:groups], zeros[:groups]
+            groups, repeats = layer.num_columns // layer.group, layer.group // layouts.GROUP["awq"]
+            q = layouts.awq_from_file(q.view(torch.int32))
+            scale, zeros = (t[:groups].repeat_interleave(repeats, 0) for t in (scale, zeros))
             # comfy-kitchen's rule is (code - 8) * scale + zeros, the file's code * scale + zeros
             zeros = zeros.float() + 8 * scale.float()
         if chunks:

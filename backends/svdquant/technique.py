@@ -19,13 +19,15 @@ KEY = "svdquant"
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """Facts of a loaded file. keys: the patch keys of its quantised weights, layer by layer."""
+    """Facts of a loaded file. keys: the patch keys of its quantised weights, layer by layer;
+    notes: sentences for every report."""
 
     title: str
     family: str
     dialect: str
     weight_bytes: int
     keys: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,8 @@ class SVDQuantState:
         self.num_lora = sum(
             len(refused_types(found)) < len(found) for found in patches.values() if found
         )
-        for kind, keys in self.refused.items():
-            run.note(refusal(kind, keys))
+        for note in (*loaded.notes, *(refusal(*kept) for kept in self.refused.items())):
+            run.note(note)
         engine.session = self.session
 
     def section(self) -> Section:

@@ -5,6 +5,7 @@ import json
 import pytest
 import queue_client
 import svdquant_models
+import svdquant_text
 import torch
 from safetensors.torch import load_file, save_file
 from smoke_prompt import digest, flux_prompt
@@ -209,3 +210,57 @@ def test_calibration_names_and_models(server):
     }
     with pytest.raises(queue_client.PromptFailed, match="4-bit already: calibrate the 16-bit"):
         queue_client.run(server, reported(prompt, "calibrate"))
+
+
+# ---- text encoders ----
+def test_the_clip_loader_is_there_with_comfyuis_types(server):
+    schema = server.get("/object_info")["SlipstreamSVDQuantCLIPLoader"]
+    assert schema["output"] == ["CLIP"]
+    types = combo(schema["input"]["required"]["type"])
+    info = server.get("/object_info")
+    for loader in ("CLIPLoader", "DualCLIPLoader"):
+        assert set(combo(info[loader]["input"]["required"]["type"])) <= set(types)
+
+
+def combo(one):
+    """The options of a widget, in either form of ComfyUI's schema."""
+    return one[0] if isinstance(one[0], list) else one[1]["options"]
+
+
+def test_a_file_without_4_bit_layers_is_one_sentence(server, models):
+    (models / "text_encoders").mkdir(exist_ok=True)
+    plain = {"text_model.encoder.layers.0.mlp.fc1.weight": torch.zeros(4, 4)}
+    save_file(plain, models / "text_encoders" / "plain_clip.safetensors")
+    prompt = {
+        "clip": {
+            "class_type": "SlipstreamSVDQuantCLIPLoader",
+            "inputs": {"clip_name1": "plain_clip.safetensors", "type": "flux"},
+        },
+        "text": {"class_type": "PreviewAny", "inputs": {"source": ["clip", 0]}},
+    }
+    with pytest.raises(queue_client.PromptFailed) as caught:
+        queue_client.run(server, prompt)
+    assert caught.value.node_type == "SlipstreamSVDQuantCLIPLoader"
+    assert "no 4-bit layers in a form that this loader knows" in str(caught.value)
+    assert "Use Load CLIP" in str(caught.value)
+
+
+def test_a_4_bit_t5_encodes_and_the_node_says_what_it_is(server, models):
+    """T5 base: the smallest text encoder that ComfyUI detects without help."""
+    (models / "text_encoders").mkdir(exist_ok=True)
+    num_layers = svdquant_text.write_t5_base(models / "text_encoders" / "t5_base_awq.safetensors")
+    prompt = flux_prompt(seed=351, steps=1)
+    prompt["clip"] = {
+        "class_type": "SlipstreamSVDQuantCLIPLoader",
+        "inputs": {"clip_name1": "t5_base_awq.safetensors", "type": "stable_audio"},
+    }
+    prompt["text"] = {
+        "class_type": "CLIPTextEncode",
+        "inputs": {"clip": ["clip", 0], "text": "a small sailing boat"},
+    }
+    result = queue_client.run(server, prompt)
+    assert f"t5_base_awq.safetensors: {num_layers} 4-bit layers" in result.progress_text["clip"]
+    other = prompt | {"text": prompt["text"] | {"inputs": {"clip": ["clip", 0], "text": "a cat"}}}
+    again = queue_client.run(server, other)
+    assert "clip" in again.cached
+    assert digest(again) != digest(result)

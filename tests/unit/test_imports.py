@@ -52,6 +52,7 @@ HOSTS = {
     "backends/svdquant/host_files.py",
     "backends/svdquant/host_operations.py",
     "backends/svdquant/host_patcher.py",
+    "backends/svdquant/host_text.py",
     "backends/worker_host.py",
 }
 HOST_USERS = {"parallel/worker.py", "parallel/apply.py", "parallel/wrappers.py"}

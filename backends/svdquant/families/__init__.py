@@ -5,7 +5,7 @@ the model is, ComfyUI's detection says.
 """
 
 from .chroma import CHROMA
-from .data import Block, Family, Grid, Layer, Piece
+from .data import Block, Family, Grid, Layer, Piece, Variant
 from .flux import FLUX
 from .flux2 import FLUX2
 from .minimax_h3 import MINIMAX_H3
@@ -39,4 +39,5 @@ __all__ = [
     "Grid",
     "Layer",
     "Piece",
+    "Variant",
 ]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+FUSED_QKV = (".to_qkv", ".add_qkv_proj")  # file layers, as the newer files name them
 Shapes = dict[str, tuple[int, ...]]  # tensor name in ComfyUI's network -> shape
 
 
@@ -78,6 +79,23 @@ class Block:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A model of a family that ComfyUI tells by a tensor and diffusers by flags in `config`.
+
+    title: for people; tensor: its name in ComfyUI's network; is_marker: it is empty and ComfyUI's
+    alone, no file of Nunchaku's holds it; flags: true in the `config` metadata; in_name: how such
+    files are called, and advice, what to do if nothing but the name says so (markers only).
+    """
+
+    title: str
+    tensor: str
+    flags: tuple[str, ...]
+    is_marker: bool = False
+    in_name: str = ""
+    advice: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """Everything needed to read and write the files of one model family.
 
@@ -86,11 +104,13 @@ class Family:
     (all of one tuple); native: the same in ComfyUI's own names; aliases: (block, older name,
     name); rest: (file prefix, network prefix) outside the blocks; swapped: network layers whose
     halves (scale, shift) are exchanged; diffusers_config: the `config` metadata from the network's
-    tensor shapes; fp4_rows: nvfp4's factor is written per row (wcscales) instead of once (wtscale);
-    comfy_config: the metadata of that name; quantization: more of the quantization_config.
-    constants: fp32 vectors that the network needs and no file of this family has. doubtful: a
-    tensor by which int4 files are told of which it is not known what layers are unsigned.
-    Families that are only read (READ_ONLY) have no native markers and no diffusers_config.
+    tensor shapes; fp4_rows: nvfp4's factor is written per row (wcscales) instead of once (wtscale)
+    in every layer, not only where q, k and v are fused; comfy_config: the metadata of that name;
+    quantization: more of the quantization_config; constants: fp32 vectors that the network needs
+    and no file of this family has; doubtful: a tensor by which int4 files are told of which it is
+    not known what layers are unsigned; variants: models told apart by a tensor; keeps_dtype: 16-bit
+    tensors are handed to ComfyUI as the file has them. Families that are only read (READ_ONLY) have
+    no native markers and no diffusers_config.
     """
 
     id: str
@@ -109,6 +129,8 @@ class Family:
     quantization: dict[str, Any] = field(default_factory=dict)
     constants: tuple[tuple[str, tuple[float, ...]], ...] = ()
     doubtful: str = ""
+    variants: tuple[Variant, ...] = ()
+    keeps_dtype: bool = False
 
     def canonical(self, name: str) -> str:
         """The layer or tensor name with older names inside blocks replaced."""
@@ -119,6 +141,20 @@ class Family:
         if self.dialect != "nunchaku-1":
             return name
         return _replaced(name, tuple((block, new, old) for block, old, new in self.aliases))
+
+    def scales_rows(self, name: str) -> bool:
+        """Whether this file layer's nvfp4 factor is written per row: every loader honours that,
+        while fused forwards of Nunchaku pass no factor of their own (Z-Image)."""
+        return self.fp4_rows or self.canonical(name).endswith(FUSED_QKV)
+
+    def config(self, shapes: Shapes) -> dict[str, Any]:
+        """The `config` metadata of a network: diffusers' config with the flags of its variants."""
+        flags = {f: True for v in self.variants if v.tensor in shapes for f in v.flags}
+        return self.diffusers_config(shapes) | flags
+
+    def is_marker(self, name: str) -> bool:
+        """Whether this tensor of ComfyUI's network is no part of Nunchaku's files."""
+        return any(v.is_marker and v.tensor == name for v in self.variants)
 
     def matches(self, names: Collection[str]) -> bool:
         """Whether a file with these layer and tensor names is of this family."""

@@ -1,8 +1,8 @@
-"""Qwen-Image, Qwen-Image-Edit (-2509, -2511) and their distillations: separate q, k, v."""
+"""Qwen-Image, -Edit (-2509, -2511), -Layered and their distillations: separate q, k, v."""
 
 from typing import Any
 
-from .data import Block, Family, Shapes, layer, num_blocks, one, part
+from .data import Block, Family, Shapes, Variant, layer, num_blocks, one, part
 
 _QKV = (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj"))
 _FUSED = ("attn.to_qkv", "attn.add_qkv_proj")
@@ -60,4 +60,22 @@ QWEN_IMAGE = Family(
     blocks=(BLOCK,),
     rest=(("", ""),),
     diffusers_config=diffusers_config,
+    variants=(
+        Variant(
+            title="Qwen-Image-Edit-2511",
+            tensor="__index_timestep_zero__",
+            flags=("zero_cond_t",),
+            is_marker=True,
+            in_name="2511",
+            advice=(
+                "put the node Edit Model Reference Method (FluxKontextMultiReferenceLatentMethod) "
+                "with index_timestep_zero behind the prompt"
+            ),
+        ),
+        Variant(
+            title="Qwen-Image-Layered",
+            tensor="time_text_embed.addition_t_embedding.weight",
+            flags=("use_additional_t_cond", "use_layer3d_rope"),
+        ),
+    ),
 )

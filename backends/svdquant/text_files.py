@@ -34,11 +34,11 @@ def detect_text(header: Header) -> Checkpoint | None:
         return None
     keys = {name: name for name in names}
     settings = layer_settings(header, keys)
-    others = sorted({str(one["format"]) for one in settings.values() if is_core(one)})
-    if others:
+    other = next((name for name, one in settings.items() if is_core(one)), None)
+    if other is not None:
         raise CheckpointError(
-            f"{header.path.name} mixes 4-bit layers with layers in {', '.join(others)}, which this "
-            "loader does not read: use a file of one kind"
+            f"{header.path.name}: {other} has comfy_quant format '{settings[other]['format']}' beside "
+            "4-bit layers, a mix that this loader does not read"
         )
     return _checkpoint(header, KITCHEN, kitchen_layers(header, keys, settings))
 

@@ -19,9 +19,12 @@ from .weight import QuantWeight, Segment, rows_of, stack_columns, stack_rows, wh
 Assembled = tuple[str, "torch.Tensor | QuantWeight"]
 
 
-def assemble(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[Assembled]:
+def assemble(
+    checkpoint: Checkpoint, dtype: torch.dtype, kind: "type[Assembler] | None" = None
+) -> Iterator[Assembled]:
     """All tensors of the model under ComfyUI's names; 16-bit ones cast to `dtype`.
 
+    kind: the class that puts them together, where it is not Assembler itself.
     Raises CheckpointError for values that no model has (NaN, zero smoothing), for layers that are
     missing and for keys that are left over.
     """
@@ -30,12 +33,12 @@ def assemble(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[Assembled]:
     path = checkpoint.header.path
     try:
         with safe_open(str(path), framework="pt") as file:
-            yield from _Assembler(checkpoint, file, dtype).run()
+            yield from (kind or Assembler)(checkpoint, file, dtype).run()
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path.name} cannot be read ({error}): download it again") from error
 
 
-class _Assembler:
+class Assembler:
     def __init__(self, checkpoint: Checkpoint, file: Any, dtype: torch.dtype):
         self.checkpoint = checkpoint
         self.reader = SegmentReader(checkpoint, file, dtype)

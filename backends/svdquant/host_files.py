@@ -4,7 +4,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .config import ConvertConfig
+from .compute_dtype import pick_dtypes
+from .config import ConvertConfig, SVDQuantConfig
 from .convert import convert
 from .dialects import detect
 from .errors import CheckpointError
@@ -51,7 +52,9 @@ def inspect_model(name: str) -> str:
     import comfy.model_management
 
     checkpoint = detect(read_header(model_path(name)))
-    return inspect_text(checkpoint, comfy.model_management.get_torch_device())
+    device = comfy.model_management.get_torch_device()
+    compute = pick_dtypes(checkpoint, SVDQuantConfig(), device).compute
+    return inspect_text(checkpoint, device, compute)
 
 
 def convert_model(

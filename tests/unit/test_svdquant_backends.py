@@ -8,6 +8,7 @@ import svdquant_models
 import torch
 from slipstream.backends.registry import reason_against
 from slipstream.backends.svdquant import kernels, measure
+from slipstream.backends.svdquant.casts import narrowed
 from slipstream.backends.svdquant.dialects import detect
 from slipstream.backends.svdquant.engine import Engine
 from slipstream.backends.svdquant.header import read_header
@@ -16,7 +17,7 @@ from slipstream.backends.svdquant.kernels import Dequant, Kitchen, Nunchaku, Ref
 from slipstream.backends.svdquant.kernels.base import LayerRequest
 from slipstream.backends.svdquant.measure import fastest
 from slipstream.backends.svdquant.quantize import quantise
-from slipstream.backends.svdquant.segments import narrowed, unsigned_by_topology
+from slipstream.backends.svdquant.segments import unsigned_by_topology
 from slipstream.backends.svdquant.technique import Loaded, SVDQuantState
 from slipstream.backends.svdquant.weight import Facts, Segment
 

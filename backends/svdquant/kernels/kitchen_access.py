@@ -6,6 +6,8 @@ through the registry would then unpack in plain torch. comfy-kitchen's own SVDQu
 we, by its rules, and only what has passed a check against `reference` is used (measure.py).
 """
 
+import ctypes
+import functools
 import os
 import sys
 from types import ModuleType
@@ -126,8 +128,14 @@ def _override() -> str | None:
     return getattr(local, "backend_override", None)
 
 
+@functools.cache
 def _driver_cuda() -> tuple[int, int] | None:
-    """The newest CUDA version that the driver knows; None where torch cannot tell."""
-    ask = getattr(torch._C, "_cuda_getDriverVersion", None)
-    version = int(ask()) if ask is not None else 0
-    return divmod(version // 10, 100) if version else None
+    """The newest CUDA version that the NVIDIA driver knows; None if it cannot be asked."""
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        version = ctypes.c_int()
+        if driver.cuDriverGetVersion(ctypes.byref(version)):
+            return None
+    except (OSError, AttributeError):
+        return None
+    return divmod(version.value // 10, 100) if version.value else None

@@ -95,7 +95,9 @@ def _one_engine(compiled: Any, backend: str) -> dict[str, Any]:
         kernel = engine.kernel(moved, x)
         y, wanted = kernel.run(x, moved), Reference().run(x, moved)
         found["ran"][precision] = kernel.id
-        found["errors"][precision] = float((y.float() - wanted.float()).norm() / wanted.float().norm())
+        found["errors"][precision] = float(
+            (y.float() - wanted.float()).norm() / wanted.float().norm()
+        )
     return {
         **found,
         "measured": sorted(engine.order.get("int4", ())),
@@ -164,4 +166,8 @@ def split_rows(limit: int) -> dict[str, Any]:
     kitchen._MAX_ELEMENTS = fake_kitchen.LIMIT = limit
     parts = Kitchen().run(x, one)
     rows = [call["x"][0] for call in compiled.calls if call["name"] == "quantize"]
-    return {"rows": rows, "equal": bool(torch.equal(whole, parts)), "largest": kitchen.max_rows(one)}
+    return {
+        "rows": rows,
+        "equal": bool(torch.equal(whole, parts)),
+        "largest": kitchen.max_rows(one),
+    }

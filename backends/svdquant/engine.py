@@ -127,7 +127,9 @@ class Engine:
 
 def refusal(backend: str, reason: str) -> str:
     """The sentence for a backend that was asked for and cannot run."""
-    return f"backend {backend} cannot run this model here: {reason}. Choose backend auto or dequant."
+    return (
+        f"backend {backend} cannot run this model here: {reason}. Choose backend auto or dequant."
+    )
 
 
 def is_fatal(error: BaseException) -> bool:
@@ -139,9 +141,7 @@ class _FirstCall:
     """A kernel of another package until it has run once; what it raises is a reason then, and the
     next candidate computes instead. One that was asked for by name is an error."""
 
-    def __init__(
-        self, engine: Engine, kernel: Kernel, request: LayerRequest, key: tuple[Any, ...]
-    ):
+    def __init__(self, engine: Engine, kernel: Kernel, request: LayerRequest, key: tuple[Any, ...]):
         self.engine, self.kernel, self.request, self.key = engine, kernel, request, key
 
     @property

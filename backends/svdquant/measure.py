@@ -55,6 +55,7 @@ def prove(
     for precision, weight in samples.items():
         if engine.failed.get(("kitchen", precision)) == UNCHECKED:
             del engine.failed["kitchen", precision]
+            engine.reasons.pop("kitchen", None)
         try:
             _prove(precision, weight, device, engine)
         except torch.cuda.OutOfMemoryError:
@@ -76,6 +77,8 @@ def _prove(precision: str, weight: QuantWeight, device: torch.device, engine: En
     if engine.backend != "auto":
         candidates = [k for k in engine.kernels if k.id == engine.backend]
     usable, reasons = eligible(candidates, request_of(segment, device))
+    if not any(kernel.id in OPTIONAL for kernel in usable):
+        usable = []  # nothing to compare: dequant takes every layer
     right = checked(usable, segment, engine)
     failed = engine.failed.get((engine.backend, precision))
     if failed is not None and precision != "awq":
@@ -84,9 +87,9 @@ def _prove(precision: str, weight: QuantWeight, device: torch.device, engine: En
         return
     if "kitchen" in reasons:
         engine.note("kitchen", reasons["kitchen"])
-    x = torch.randn(
-        NUM_ROWS, segment.facts.num_columns, device=device, dtype=segment.dtype
-    )
+    if not right:
+        return
+    x = torch.randn(NUM_ROWS, segment.facts.num_columns, device=device, dtype=segment.dtype)
     engine.measured(precision, fastest(right, x, segment, engine.reasons, _cuda_seconds))
 
 

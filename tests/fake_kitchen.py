@@ -33,7 +33,7 @@ class Compiled:
         from comfy_kitchen.backends.eager import svdquant
 
         self._note("quantize", x=x, smooth=smooth, down=down, q=q, ascales=ascales, low=low)
-        (m, k), padded = x.shape, q.shape[0]
+        k, padded = x.shape[1], q.shape[0]
         assert k % 64 == 0
         assert padded % 256 == 0
         assert padded * k < LIMIT
@@ -45,8 +45,8 @@ class Compiled:
         ascales.held.copy_(found[1])
 
     def svdquant_scaled_mm_w4a4(
-        self, act: Any, wgt: Any, ascales: Any, wscales: Any, low: Any, up: Any, bias: Any, out: Any,
-        unsigned: bool, fast: bool, shared: bool, fused: bool, stream: int,
+        self, act: Any, wgt: Any, ascales: Any, wscales: Any, low: Any, up: Any, bias: Any,
+        out: Any, unsigned: bool, fast: bool, shared: bool, fused: bool, stream: int,
     ) -> None:  # fmt: skip
         from comfy_kitchen.backends.eager import svdquant
 

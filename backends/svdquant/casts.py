@@ -1,6 +1,7 @@
 """Casts between floating-point types that keep what is finite and what is not zero."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -30,4 +31,5 @@ def segment_in(segment: Segment, dtype: torch.dtype) -> Segment:
         return segment
     names = _CAST if segment.facts.precision == "nvfp4" else (*_CAST, "scale")
     parts = {name: getattr(segment, name) for name in names}
-    return replace(segment, **{n: narrowed(t, dtype) for n, t in parts.items() if t is not None})
+    cast: dict[str, Any] = {n: narrowed(t, dtype) for n, t in parts.items() if t is not None}
+    return replace(segment, **cast)

@@ -143,10 +143,7 @@ class _FirstCall:
 
     def __init__(self, engine: Engine, kernel: Kernel, request: LayerRequest, key: tuple[Any, ...]):
         self.engine, self.kernel, self.request, self.key = engine, kernel, request, key
-
-    @property
-    def id(self) -> str:
-        return self.kernel.id
+        self.id = kernel.id
 
     def available(self) -> str | None:
         return self.kernel.available()
@@ -172,6 +169,7 @@ class _FirstCall:
             raise BackendError(refusal(self.kernel.id, reason)) from error
         self.engine.fail(self.kernel.id, self.request.precision, reason)
         self.kernel = self.engine.choose(self.request)
+        self.id = self.kernel.id
 
 
 def failure(error: Exception) -> str:

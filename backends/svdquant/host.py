@@ -1,7 +1,7 @@
 """Loads an SVDQuant file as ComfyUI's own model class (ComfyUI 0.33).
 
-With host_operations, host_patcher and host_files the only part of SVDQuant that knows ComfyUI.
-Imports happen when called.
+With host_dtype, host_operations, host_patcher and host_files the only part of SVDQuant that
+knows ComfyUI. Imports happen when called.
 """
 
 from dataclasses import dataclass, field
@@ -11,12 +11,12 @@ import torch
 
 from .. import run
 from .assemble import assemble
-from .compute_dtype import pick_dtypes
 from .config import SVDQuantConfig
 from .dialects import Checkpoint, detect
 from .engine import Engine, request_of
 from .errors import CheckpointError
 from .header import read_header
+from .host_dtype import pick_dtypes
 from .host_operations import operations
 from .host_patcher import quantised_layers, with_patcher
 from .layout import wrap

@@ -4,12 +4,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .compute_dtype import pick_dtypes
 from .config import ConvertConfig, SVDQuantConfig
 from .convert import convert
 from .dialects import detect
 from .errors import CheckpointError
 from .header import read_header
+from .host_dtype import pick_dtypes
 from .inspection import inspect_text
 from .statistics import load_statistics
 

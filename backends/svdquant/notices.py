@@ -29,7 +29,7 @@ def notices(
 
 def expected(kernel: Kernel, requests: list[LayerRequest], title: str) -> list[str]:
     """The same before the model is loaded. kernel: comfy-kitchen's; requests: its layers."""
-    found = {}
+    found: dict[str, None] = {}
     for request in requests:
         reason = reason_against(kernel, request)  # type: ignore[arg-type]
         if reason is not None and request.device_type == "cuda" and request.precision != "awq":

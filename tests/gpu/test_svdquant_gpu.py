@@ -119,7 +119,7 @@ def test_auto_follows_the_measurement():
 REPEATED = ((4608, 3072, 12288), (4608, 12288, 3072), (512, 3072, 3072), (300, 384, 256))
 
 
-@pytest.mark.parametrize("rows, num_rows, num_columns", REPEATED)
+@pytest.mark.parametrize(("rows", "num_rows", "num_columns"), REPEATED)
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.id)
 def test_a_thousand_equal_calls_are_equal(kernel, rows, num_rows, num_columns):
     """Bit-equal while a second stream keeps the GPU busy, which moves warps apart.

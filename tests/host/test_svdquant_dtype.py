@@ -11,11 +11,11 @@ import pytest
 import svdquant_models
 import svdquant_wide
 import torch
-from slipstream.backends.svdquant.compute_dtype import outline, pick_dtypes
 from slipstream.backends.svdquant.config import DTYPES, SVDQuantConfig
 from slipstream.backends.svdquant.dialects import detect
 from slipstream.backends.svdquant.header import read_header
 from slipstream.backends.svdquant.host import load_svdquant
+from slipstream.backends.svdquant.host_dtype import outline, pick_dtypes
 from slipstream.backends.svdquant.host_patcher import quantised_layers
 from svdquant_networks import SIZES
 
@@ -97,7 +97,7 @@ def card(monkeypatch):
     return fake
 
 
-class Built(Exception):
+class Built(Exception):  # noqa: N818
     """Carries the config that ComfyUI would build a network from."""
 
 

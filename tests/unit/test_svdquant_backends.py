@@ -51,7 +51,8 @@ def test_pypis_nunchaku_is_recognised_and_not_imported(packages):
 
 
 ERRORS = (
-    ImportError, AttributeError, ValueError, RuntimeError, AssertionError, TypeError, OSError, KeyError
+    ImportError, AttributeError, ValueError, RuntimeError, AssertionError, TypeError, OSError,
+    KeyError,
 )  # fmt: skip
 
 
@@ -117,7 +118,7 @@ class Fake:
         return self.result(y) if self.result else y
 
 
-class InterruptProcessingException(Exception):
+class InterruptProcessingException(Exception):  # noqa: N818
     """Of this name is ComfyUI's own."""
 
 

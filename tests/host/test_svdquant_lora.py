@@ -59,14 +59,15 @@ def test_lora_on_layers_that_compute_in_fp32_from_16_bits(flux, dense):
     model = load_svdquant(str(flux[0]), {"backend": "dequant"})
     assert model.model.get_dtype_inference() == torch.float32
     assert model.model.diffusion_model.double_blocks[0].img_mlp[0].weight.dtype == torch.bfloat16
-    file = lora_file("lora")
+    file = lora_file("lora", LAYERS[:-1])  # ComfyUI rounds its merge into the dense one
     base_dense, base = loaded_flux_output(dense), loaded_flux_output(model)
     assert rel(base, base_dense) < 1e-3  # only what the file holds is in 16 bits
     delta = loaded_flux_output(with_lora(dense, file, 0.8)) - base_dense
     patched = with_lora(model, file, 0.8)
     got = loaded_flux_output(patched)
-    assert rel(got - base, delta) < 0.04  # 0.019: what 16 bits cost the base does not cancel
+    assert rel(got - base, delta) < 1e-2  # its factors rest in 16 bits
     low = patched.clone()
+    low.unpatch_model(CPU)
     low.load(CPU, lowvram_model_memory=0)
     assert low.model.model_lowvram
     assert torch.equal(flux_output(low), got)

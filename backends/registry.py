@@ -74,12 +74,18 @@ def eligible(
     return fit, reasons
 
 
-def select(candidates: Iterable[C], request: object) -> "Choice[C] | Refusal":
-    """The first candidate that is available and eligible; never raises for an unusable one."""
+def select(
+    candidates: Iterable[C], request: object, disabled: Mapping[str, str] = MappingProxyType({})
+) -> "Choice[C] | Refusal":
+    """The first candidate that is available and eligible; never raises for an unusable one.
+
+    disabled: as for `eligible`.
+    """
     rejected: dict[str, str] = {}
     for candidate in candidates:
-        reason = reason_against(candidate, request)  # type: ignore[arg-type]
+        name: str = candidate.id  # type: ignore[attr-defined]
+        reason = disabled.get(name) or reason_against(candidate, request)  # type: ignore[arg-type]
         if reason is None:
             return Choice(candidate, rejected)
-        rejected[candidate.id] = reason  # type: ignore[attr-defined]
+        rejected[name] = reason
     return Refusal(rejected)

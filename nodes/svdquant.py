@@ -4,11 +4,11 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..backends.host import show_text
+from ..backends.host import show_text, show_text_on_running_node
 from ..backends.svdquant import host_files as files
 from ..backends.svdquant.calibrate import apply_calibrate
 from ..backends.svdquant.config import BACKENDS, DTYPES, PRECISIONS, ConvertConfig, SVDQuantConfig
-from ..backends.svdquant.host import load_svdquant
+from ..backends.svdquant.host import load_svdquant, notice_of
 
 
 class SlipstreamSVDQuantLoader(io.ComfyNode):
@@ -65,7 +65,10 @@ class SlipstreamSVDQuantLoader(io.ComfyNode):
                     default="auto",
                     optional=True,
                     advanced=True,
-                    tooltip="Of everything that is not 4-bit. auto: the file's, if the GPU has it.",
+                    tooltip=(
+                        "What the model computes in. auto: what ComfyUI chooses for this model and "
+                        "device, which is fp32 where neither bf16 nor fp16 is safe."
+                    ),
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The MODEL: wire it as from Load Diffusion Model.")],
@@ -81,8 +84,10 @@ class SlipstreamSVDQuantLoader(io.ComfyNode):
         dtype: str = "auto",
     ) -> io.NodeOutput:
         config = SVDQuantConfig(backend=backend, precision=precision, rank=rank, dtype=dtype)
-        path = str(files.model_path(model_name))
-        return io.NodeOutput(load_svdquant(path, config.to_json()))
+        model = load_svdquant(str(files.model_path(model_name)), config.to_json())
+        if notice := notice_of(model):
+            show_text_on_running_node(notice)
+        return io.NodeOutput(model)
 
 
 class SlipstreamSVDQuantInspect(io.ComfyNode):

@@ -224,11 +224,18 @@ def xformers_limits() -> dict[str, list[int] | None]:
     return {name: None if sm is None else list(sm) for name, sm in highest.items()}
 
 
+def svdquant(check: str, **more: Any) -> Any:
+    """A question of svdquant_child.py."""
+    import svdquant_child
+
+    return getattr(svdquant_child, check)(**more)
+
+
 QUESTIONS: dict[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (
         availability, choice, imported, errors, bare_sage1, shapes, sol_workspace,
-        kitchen_extension, flash4_widths, flash4_names, xformers_limits,
+        kitchen_extension, flash4_widths, flash4_names, xformers_limits, svdquant,
     )
 }  # fmt: skip
 

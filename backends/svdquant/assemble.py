@@ -25,9 +25,12 @@ from .weight import QuantWeight, Segment, rows_of, stack_columns, stack_rows, wh
 Assembled = tuple[str, "torch.Tensor | QuantWeight"]
 
 
-def assemble(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[Assembled]:
+def assemble(
+    checkpoint: Checkpoint, dtype: torch.dtype, kind: "type[Assembler] | None" = None
+) -> Iterator[Assembled]:
     """All tensors of the model under ComfyUI's names; 16-bit ones cast to `dtype`.
 
+    kind: the class that puts them together, where it is not Assembler itself.
     Raises CheckpointError for values that no model has (NaN, zero smoothing), for layers that are
     missing and for keys that are left over.
     """
@@ -40,7 +43,7 @@ def assemble(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[Assembled]:
                 path: opened.enter_context(safe_open(str(path), framework="pt"))
                 for path in header.paths
             }
-            yield from _Assembler(checkpoint, _Files(header, files), dtype).run()
+            yield from (kind or Assembler)(checkpoint, _Files(header, files), dtype).run()
     except (SafetensorError, OSError) as error:
         names = " or ".join(path.name for path in header.paths)
         raise CheckpointError(f"{names} cannot be read ({error}): download it again") from error
@@ -56,7 +59,7 @@ class _Files:
         return self.files[self.header.path_of(key)].get_tensor(key)
 
 
-class _Assembler:
+class Assembler:
     def __init__(self, checkpoint: Checkpoint, file: Any, dtype: torch.dtype):
         self.checkpoint = checkpoint
         self.reader = SegmentReader(checkpoint, file, dtype)

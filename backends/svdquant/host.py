@@ -1,7 +1,7 @@
 """Loads an SVDQuant file as ComfyUI's own model class (ComfyUI 0.33).
 
-With host_operations, host_patcher and host_files the only part of SVDQuant that knows ComfyUI.
-Imports happen when called.
+With host_dtype, host_operations, host_patcher and host_files the only part of SVDQuant that
+knows ComfyUI. Imports happen when called.
 """
 
 import logging
@@ -18,19 +18,19 @@ from .engine import Engine, request_of
 from .errors import CheckpointError
 from .families import CORE
 from .halves import read_model_header
-from .host_detection import detected_config, model_title
+from .host_detection import model_title
+from .host_dtype import pick_dtypes
 from .host_operations import mixed_operations, operations
 from .host_patcher import quantised_layers, with_patcher
 from .layout import wrap
-from .measure import measured_order
-from .segments import FILE_DTYPES
-from .technique import Loaded, SVDQuantTechnique
+from .measure import prove
+from .notices import notices
+from .technique import KEY, Loaded, SVDQuantTechnique
 from .variants import variant_notes
 from .weight import QuantWeight
 
 log = logging.getLogger("slipstream")
 RELOADABLE = ("load_svdquant",)  # what a worker process may call
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def load_svdquant(
@@ -47,17 +47,17 @@ def load_svdquant(
     settings = SVDQuantConfig.from_json(config or {})
     checkpoint = detect(read_model_header(path))
     check_widgets(checkpoint, settings)
-    if checkpoint.family is CORE or checkpoint.core_layers:
-        detected_config(checkpoint)  # refuses before anything is read
     device = comfy.model_management.get_torch_device()
-    dtype = pick_dtype(checkpoint, settings, device)
-    engine = Engine(settings.backend)
-    model = read_model(checkpoint, engine, dtype, device)
+    dtypes = pick_dtypes(checkpoint, settings, device)  # refuses before anything is read
+    engine = Engine(settings.backend, compute=dtypes.compute)
+    model = read_model(checkpoint, engine, dtypes.storage, device)
     patcher = comfy.sd.load_diffusion_model_state_dict(
         dict(model.state),
         model_options={
-            "custom_operations": operations(engine, mixed_operations(checkpoint, dtype, device)),
-            "dtype": dtype,
+            "custom_operations": operations(
+                engine, mixed_operations(checkpoint, dtypes.compute, device)
+            ),
+            "dtype": dtypes.storage,
         },
         metadata=checkpoint.header.metadata if checkpoint.native else None,
         disable_dynamic=disable_dynamic,
@@ -67,11 +67,12 @@ def load_svdquant(
             f"{checkpoint.header.path.name}: ComfyUI does not know this {checkpoint.family.title} "
             "variant. Update ComfyUI."
         )
-    if settings.backend == "auto":
-        engine.order = measured_order(
-            model.samples, device, engine, comfy.model_management.free_memory
-        )
     finish(patcher, checkpoint, engine, model)
+    prove(model.samples, device, engine, comfy.model_management.free_memory)
+    if device.type == "cuda" and settings.backend == "auto" and settings.dtype != "fp32":
+        technique = run.attached(patcher)[KEY]
+        assert isinstance(technique, SVDQuantTechnique)
+        engine.notices = notices(engine, model.samples, device, technique.loaded.title)
     patcher.cached_patcher_init = (load_svdquant, (str(path), settings.to_json()))
     return patcher
 
@@ -107,10 +108,12 @@ def read_model(
 
 
 def finish(patcher: Any, checkpoint: Checkpoint, engine: Engine, model: ReadModel) -> None:
-    """Checks that the network took every tensor; gives it our patcher class and the report."""
+    """Checks that the network took every tensor; gives it our patcher class and the report, and
+    the engine the dtype that ComfyUI gave the network."""
     loaded = patcher.model.model_config.process_unet_state_dict(dict(model.state))
     check_names(checkpoint, patcher.model.diffusion_model, set(loaded))
     with_patcher(patcher)
+    engine.compute = patcher.model.get_dtype_inference()
     run.attach(patcher, technique_of(checkpoint, patcher, engine, model.weight_bytes))
 
 
@@ -136,9 +139,17 @@ def technique_of(
     return SVDQuantTechnique(loaded, engine)
 
 
+def notice_of(patcher: Any) -> str:
+    """What the loader's node should show of a loaded model; "" for nothing."""
+    technique = run.attached(patcher)[KEY]
+    assert isinstance(technique, SVDQuantTechnique)
+    return "\n".join(technique.engine.notices)
+
+
 def check_backend(engine: Engine, weight: QuantWeight, device: torch.device) -> None:
     """Raise BackendError if the backend that was asked for can run nothing of a 4-bit layer."""
-    requests = [request_of(s, device) for s in weight.segments if s.facts.precision != "awq"]
+    segments = [s for s in weight.segments if s.facts.precision != "awq"]
+    requests = [request_of(s, device, engine.compute) for s in segments]
     if requests and not any(s.facts.unsigned for s in weight.segments):
         engine.require(requests)
 
@@ -156,19 +167,6 @@ def check_widgets(checkpoint: Checkpoint, config: SVDQuantConfig) -> None:
         raise CheckpointError(
             f"The file has rank {found}, but rank={config.rank} was requested. Choose 0."
         )
-
-
-def pick_dtype(checkpoint: Checkpoint, config: SVDQuantConfig, device: torch.device) -> torch.dtype:
-    """The dtype asked for, else the file's, else fp16 where a GPU has no bf16."""
-    import comfy.model_management
-
-    if config.dtype != "auto":
-        return DTYPES[config.dtype]
-    dtype = FILE_DTYPES[checkpoint.dtype]
-    is_gpu = device.type != "cpu"
-    if dtype is torch.bfloat16 and is_gpu and not comfy.model_management.should_use_bf16(device):
-        return torch.float16
-    return dtype
 
 
 def check_names(checkpoint: Checkpoint, network: torch.nn.Module, given: set[str]) -> None:

@@ -1,4 +1,4 @@
-"""What ComfyUI's own detection makes of a file in its own names (ComfyUI 0.33).
+"""What ComfyUI's own detection makes of a file (ComfyUI 0.33).
 
 Read from shapes alone, so that a file that ComfyUI does not know costs nothing. Imports happen
 when called.
@@ -10,28 +10,22 @@ from typing import Any
 import torch
 
 from .. import architectures
+from .assemble import Assembler, assemble
 from .dialects import Checkpoint
 from .errors import CheckpointError
 from .families import CORE, READABLE
+from .segments import WithBias
+from .weight import Facts, QuantWeight, Segment
 
 log = logging.getLogger("slipstream")
-_DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
+_MAX_VALUES = 65536  # a vector of up to so many elements is read: detection looks into norms
 
 
-def detected_config(checkpoint: Checkpoint) -> Any:
-    """ComfyUI's model config (supported_models) of a file in ComfyUI's own names.
+def detected_config(checkpoint: Checkpoint, state: dict[str, torch.Tensor] | None = None) -> Any:
+    """ComfyUI's model config (supported_models) of a file.
 
-    Raises CheckpointError if ComfyUI does not know the model or one of its formats.
+    state: its outline, if there is one already. Raises CheckpointError if ComfyUI does not know the
+    model or one of its formats.
     """
     import comfy.model_detection
 
@@ -39,7 +33,9 @@ def detected_config(checkpoint: Checkpoint) -> Any:
     file = checkpoint.header.path.name
     try:
         found = comfy.model_detection.model_config_from_unet(
-            _shapes(checkpoint), "", metadata=checkpoint.header.metadata
+            outline(checkpoint) if state is None else state,
+            "",
+            metadata=checkpoint.header.metadata if checkpoint.native else None,
         )
     except Exception as error:  # detection indexes what it expects: a damaged file raises anything
         log.warning("ComfyUI's detection of %s failed", file, exc_info=True)
@@ -47,6 +43,10 @@ def detected_config(checkpoint: Checkpoint) -> Any:
             f"{file} is not a model that ComfyUI can detect ({type(error).__name__}: {error}): "
             "it is damaged, or of a variant that is not supported."
         ) from error
+    if found is None and checkpoint.family is not CORE:
+        raise CheckpointError(
+            f"{file}: ComfyUI does not know this {checkpoint.family.title} variant. Update ComfyUI."
+        )
     if found is None:
         shown = ", ".join(sorted(checkpoint.layers)[:3])
         raise CheckpointError(
@@ -69,21 +69,48 @@ def _check_formats(checkpoint: Checkpoint) -> None:
             )
 
 
-def _shapes(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """Every tensor of the network as zeros that take no memory, in its shape and dtype."""
-    found = {}
-    for name, layer in checkpoint.layers.items():
-        found[f"{name}.weight"] = _zeros((layer.num_rows, layer.num_columns), checkpoint.dtype)
-        if "bias" in layer.parts:
-            found[f"{name}.bias"] = _zeros((layer.num_rows,), checkpoint.dtype)
-    for name, key in checkpoint.dense.items():
-        entry = checkpoint.header.tensors[key]
-        found[name] = _zeros(entry.shape, entry.dtype)
-    return found
+def outline(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """The model's tensors under ComfyUI's names, on the meta device; vectors with values."""
+    return {
+        name: _meta(*value.shape) if isinstance(value, QuantWeight) else value
+        for name, value in assemble(checkpoint, torch.float32, _Outliner)
+    }
 
 
-def _zeros(shape: tuple[int, ...], dtype: str) -> torch.Tensor:
-    return torch.zeros((), dtype=_DTYPES.get(dtype, torch.float32)).expand(shape)
+class _Outliner(Assembler):
+    """Assembles shapes: what is quantised has no parts, what is not a vector no values."""
+
+    def tensor(self, name: str) -> torch.Tensor:
+        self.used.add(name)
+        shape = self.checkpoint.header.tensors[self.checkpoint.dense[name]].shape
+        if len(shape) == 1 and shape[0] <= _MAX_VALUES:
+            return self.reader.file.get_tensor(self.checkpoint.dense[name])
+        return _meta(*shape)
+
+    def read(self, piece: Any, chunks: int) -> WithBias:
+        layer = self.checkpoint.layers[piece.name]
+        facts = Facts("outline", 0, layer.num_rows, 0, layer.num_columns)
+        bias = _meta(layer.num_rows) if "bias" in layer.parts else None
+        return Segment(facts, _meta(0), _meta(0)), bias
+
+    def rows(self, segment: Segment, start: int, size: int, count: int) -> Segment:
+        facts = segment.facts
+        return Segment(Facts(facts.precision, 0, size, 0, facts.num_columns), segment.q, _meta(0))
+
+    def quantised(self, grid: Any, chunks: int) -> tuple[QuantWeight, torch.Tensor | None]:
+        parts = [self.layer(piece, chunks) for row in grid for piece in row]
+        facts = [segment.facts for segment, _ in parts]
+        num_rows, num_columns = facts[0].num_rows, facts[0].num_columns
+        if len(grid) > 1:
+            num_rows = sum(f.num_rows for f in facts)
+        else:
+            num_columns = sum(f.num_columns for f in facts)
+        has_bias = any(bias is not None for _, bias in parts)
+        return QuantWeight((num_rows, num_columns), ()), _meta(num_rows) if has_bias else None
+
+
+def _meta(*shape: int) -> torch.Tensor:
+    return torch.empty(*shape, device="meta")
 
 
 def model_title(network: torch.nn.Module, config: Any) -> str:

@@ -4,12 +4,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .config import ConvertConfig
+from .config import ConvertConfig, SVDQuantConfig
 from .convert import convert
 from .dialects import detect
 from .errors import CheckpointError
 from .halves import read_model_header
 from .host_detection import title_of
+from .host_dtype import pick_dtypes
 from .inspection import inspect_text
 from .statistics import load_statistics
 
@@ -53,7 +54,8 @@ def inspect_model(name: str) -> str:
 
     checkpoint = detect(read_model_header(model_path(name)))
     device = comfy.model_management.get_torch_device()
-    return inspect_text(checkpoint, device, title_of(checkpoint))
+    compute = pick_dtypes(checkpoint, SVDQuantConfig(), device).compute
+    return inspect_text(checkpoint, device, compute, title_of(checkpoint))
 
 
 def convert_model(

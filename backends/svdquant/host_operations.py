@@ -175,15 +175,24 @@ def _forward(module: Any, engine: Engine, x: torch.Tensor) -> torch.Tensor:
     assert is_quantised(weight)
     quantised = unwrap(weight)
     terms = _terms(module, engine, patches, quantised, x.device)
-    session = engine.session
+    session, used = engine.session, []
 
     def kernel_of(segment: Segment, inputs: torch.Tensor) -> Any:
-        kernel = engine.kernel(segment, inputs)
-        if session is not None:
-            session.ran.setdefault(module.layer_name, set()).add(kernel.id)
-        return kernel
+        used.append(engine.kernel(segment, inputs))
+        return used[-1]
 
-    y = linear(x, quantised, bias, kernel_of, terms=terms, session=session, layer=module)
+    y = linear(
+        x,
+        quantised,
+        bias,
+        kernel_of,
+        compute=engine.compute,
+        terms=terms,
+        session=session,
+        layer=module,
+    )
+    if session is not None:  # only now: a kernel that fails at its first call is replaced
+        session.ran.setdefault(module.layer_name, set()).update(kernel.id for kernel in used)
     comfy.ops.uncast_bias_weight(module, weight, bias, stream)
     return y
 
@@ -211,7 +220,8 @@ def active_patches(module: Any) -> list[Any]:
 def _terms(
     module: Any, engine: Engine, patches: list[Any], weight: QuantWeight, device: torch.device
 ) -> Terms | None:
-    """The layer's terms on the device; compiled once per run, kept where the weight rests."""
+    """The layer's terms on the device, in the dtype it computes in; compiled once per run, kept in
+    the weight's dtype where the weight rests."""
     if not patches:
         return None
     dtype = weight.segments[0].dtype
@@ -226,4 +236,4 @@ def _terms(
         terms = None if terms is None else terms.to(rest, dtype)
         if session is not None:
             session.terms[key] = terms
-    return None if terms is None else terms.to(device)
+    return None if terms is None else terms.to(device, engine.compute or dtype)

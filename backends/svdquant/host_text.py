@@ -16,12 +16,13 @@ from .dialects import DIALECTS
 from .engine import Engine
 from .errors import CheckpointError
 from .header import read_header
-from .host import DTYPES, ReadModel, read_model
+from .host import ReadModel, read_model
+from .host_dtype import DTYPES
 from .host_operations import operations
 from .host_patcher import quantised_layers, with_patcher
 from .kernels import Dequant, Kernel
 from .layout import is_quantised
-from .measure import measured_order
+from .measure import prove
 from .technique import size_text
 from .text_files import detect_text
 from .weight import Segment
@@ -89,9 +90,10 @@ def load_clip(
     import folder_paths
 
     settings = SVDQuantConfig.from_json(config or {})
-    engine, device = TextEngine(settings.backend), comfy.model_management.text_encoder_device()
+    device = comfy.model_management.text_encoder_device()
     # ComfyUI computes text encoders in fp32, whatever their weights have: T5 overflows fp16
     dtype = torch.float32 if settings.dtype == "auto" else DTYPES[settings.dtype]
+    engine = TextEngine(settings.backend, compute=dtype)
     models = {path: _read(Path(path), engine, dtype, device) for path in paths}
     counts = {path: num_quantised(model) for path, model in models.items()}
     if not any(counts.values()):
@@ -99,9 +101,8 @@ def load_clip(
             f"{', '.join(Path(p).name for p in paths)}: no 4-bit layers in a form that this loader "
             "knows (Nunchaku's AWQ T5; comfy-kitchen's svdquant_w4a4, awq_w4a16). Use Load CLIP."
         )
-    if settings.backend == "auto" and dtype != torch.float32:  # in fp32 nothing is to choose
-        samples = {k: v for model in models.values() for k, v in model.samples.items()}
-        engine.order = measured_order(samples, device, engine, comfy.model_management.free_memory)
+    samples = {k: v for model in models.values() for k, v in model.samples.items()}
+    prove(samples, device, engine, comfy.model_management.free_memory)
     clip = comfy.sd.load_text_encoder_state_dicts(
         [model.state for model in models.values()],
         embedding_directory=folder_paths.get_folder_paths("embeddings"),

@@ -12,19 +12,30 @@ import torch
 from .dialects import DIALECTS, Checkpoint
 from .engine import Engine, request_for
 from .kernels import KERNELS, Kernel, LayerRequest
+from .notices import expected
 from .segments import FILE_DTYPES, unsigned_by_topology
 from .technique import size_text
 from .variants import variant_lines
 from .weight import Facts
 
+_SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _NAME = re.compile(r"svdq-(int4|fp4)_r(\d+)-")
 
 
-def inspect_text(checkpoint: Checkpoint, device: torch.device, title: str = "") -> str:
+def inspect_text(
+    checkpoint: Checkpoint,
+    device: torch.device,
+    compute: torch.dtype | None = None,
+    title: str = "",
+) -> str:
     """A few lines: dialect, family, precision, ranks, layers, sizes, doubts, backends.
 
-    title: what the model is, if the family does not say it.
+    compute: what ComfyUI computes the model in on the device; None: the file's own dtype. title:
+    what the model is, if the family does not say it.
     """
+    compute = compute or FILE_DTYPES[checkpoint.dtype]
+    asked = requests(checkpoint, device, compute)
+    title = title or checkpoint.family.title
     layers = checkpoint.layers.values()
     entries = checkpoint.header.tensors
     quantised = sum(entries[key].num_bytes for f in layers for key in f.parts.values())
@@ -32,18 +43,21 @@ def inspect_text(checkpoint: Checkpoint, device: torch.device, title: str = "") 
     kinds = Counter(layer.precision for layer in layers)
     ranks = ", ".join(map(str, checkpoint.ranks))
     shown = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+    kitchen = next(kernel for kernel in KERNELS if kernel.id == "kitchen")
     lines = [
+        *expected(kitchen, asked, title),
         f"{' + '.join(p.name for p in checkpoint.header.paths)}: {size_text(total)}",
-        f"Family: {title or checkpoint.family.title}. Dialect: {DIALECTS[checkpoint.dialect]}.",
+        f"Family: {title}. Dialect: {DIALECTS[checkpoint.dialect]}.",
         f"Precision: {checkpoint.precision}, rank {ranks}, 16-bit parts {checkpoint.dtype}.",
         f"Quantised layers: {len(layers)} ({shown}), {size_text(quantised)}; "
         f"other tensors: {len(checkpoint.dense)}.",
         *other_parts(checkpoint),
         *variant_lines(checkpoint),
         *doubts(checkpoint),
+        f"Computes in {_SHORT.get(compute, str(compute))} here.",
         f"Backends on {_device_name(device)}:",
-        *(f"  {kernel.id}: {verdict(kernel, checkpoint, device)}" for kernel in KERNELS),
-        f"  auto picks {picked(checkpoint, device)}.",
+        *(f"  {kernel.id}: {verdict(kernel, asked)}" for kernel in KERNELS),
+        f"  auto picks {picked(asked, device)}.",
     ]
     return "\n".join(lines)
 
@@ -83,22 +97,23 @@ def doubts(checkpoint: Checkpoint) -> list[str]:
     return found
 
 
-def requests(checkpoint: Checkpoint, device: torch.device) -> list[LayerRequest]:
+def requests(
+    checkpoint: Checkpoint, device: torch.device, compute: torch.dtype
+) -> list[LayerRequest]:
     """One request per kind of layer in the file, for a device."""
-    unsigned, dtype = unsigned_by_topology(checkpoint), FILE_DTYPES[checkpoint.dtype]
+    unsigned = unsigned_by_topology(checkpoint)
     kinds = {
         Facts(f.precision, 0, f.num_rows, 0, f.num_columns, unsigned[name])
         for name, f in checkpoint.layers.items()
     }
-    return [request_for(facts, dtype, device) for facts in sorted(kinds, key=astuple)]
+    return [request_for(facts, compute, device) for facts in sorted(kinds, key=astuple)]
 
 
-def verdict(kernel: Kernel, checkpoint: Checkpoint, device: torch.device) -> str:
-    """Whether a backend can run the file on the device, or the reason."""
+def verdict(kernel: Kernel, asked: list[LayerRequest]) -> str:
+    """Whether a backend can run these layers, or the reason."""
     reason = kernel.available()
     if reason is not None:
         return f"no ({reason})"
-    asked = requests(checkpoint, device)
     reasons = [r for r in map(kernel.ineligible, asked) if r is not None]
     if not reasons:
         return "yes"
@@ -107,13 +122,13 @@ def verdict(kernel: Kernel, checkpoint: Checkpoint, device: torch.device) -> str
     return f"for {len(asked) - len(reasons)} of {len(asked)} kinds of layers ({reasons[0]})"
 
 
-def picked(checkpoint: Checkpoint, device: torch.device) -> str:
+def picked(asked: list[LayerRequest], device: torch.device) -> str:
     """What auto would use, as far as it is known without loading."""
     if device.type == "cuda":
         return "the fastest of them, measured on one layer when the model is loaded"
     engine = Engine("auto")
-    asked = [r for r in requests(checkpoint, device) if r.precision != "awq"]
-    return ", ".join(dict.fromkeys(engine.choose(request).id for request in asked))
+    layers = [request for request in asked if request.precision != "awq"]
+    return ", ".join(dict.fromkeys(engine.choose(request).id for request in layers))
 
 
 def _device_name(device: torch.device) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .casts import narrowed, segment_in
 from .kernels import Kernel, LowRank
 from .terms import Terms
 from .weight import QuantWeight, Segment
@@ -77,14 +78,20 @@ def linear(
     bias: torch.Tensor | None,
     kernel_of: KernelOf,
     *,
+    compute: torch.dtype | None = None,
     terms: Terms | None = None,
     session: Session | None = None,
     layer: Any = None,
 ) -> torch.Tensor:
-    """y [..., N] in x's dtype for x [..., K]; terms in the segments' dtype and on x's device."""
+    """y [..., N] in x's dtype for x [..., K].
+
+    compute: the dtype of the matmuls, None for the segments' own; terms are in it, on x's device.
+    """
     num_rows, num_columns = weight.shape
-    dtype = weight.segments[0].dtype
-    flat = x.reshape(-1, num_columns).to(dtype)
+    dtype = compute or weight.segments[0].dtype
+    flat = narrowed(x.reshape(-1, num_columns), dtype)
+    weight = QuantWeight(weight.shape, tuple(segment_in(s, dtype) for s in weight.segments))
+    bias = None if bias is None else narrowed(bias, dtype)
     scaled = flat if terms is None or terms.in_factor is None else flat * terms.in_factor
     fused = terms is not None and terms.out_factor is None and terms.in_factor is None
     pair = terms.pair if terms is not None and fused else None

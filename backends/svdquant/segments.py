@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from . import layouts
+from .casts import narrowed
 from .dialects import Checkpoint
 from .errors import CheckpointError
 from .families import Block
@@ -12,7 +13,6 @@ from .file_layers import KITCHEN, N1, N2, FileLayer
 from .weight import Facts, Segment
 
 FILE_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}  # of Checkpoint.dtype
-_FP16_SMALLEST = 2.0**-24
 _EMPTY_RANK = 16  # kernels want a low-rank branch: a layer without one gets zeros
 
 WithBias = tuple[Segment, "torch.Tensor | None"]
@@ -142,20 +142,6 @@ class SegmentReader:
         facts = Facts("awq", 0, layer.num_rows, 0, layer.num_columns)
         scale, zeros = (narrowed(t, self.dtype).contiguous() for t in (scale, zeros))
         return Segment(facts, q.view(torch.int8), scale, zeros=zeros), bias
-
-
-def narrowed(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`tensor` in `dtype`; what is finite stays finite, and what is not zero does not become it.
-
-    bf16 reaches further than fp16 on both sides: real files have biases beyond 65,504, which
-    Nunchaku clamps too, and scales below fp16's smallest number, which would erase their group.
-    """
-    if tensor.dtype == dtype or dtype != torch.float16:
-        return tensor.to(dtype)
-    limits = torch.finfo(dtype)
-    narrow = tensor.float().clamp(limits.min, limits.max).to(dtype)  # bf16 rounds the limit up
-    lost = (narrow == 0) & (tensor != 0)
-    return torch.where(lost, tensor.sign().to(dtype) * _FP16_SMALLEST, narrow)
 
 
 def _modulation_bias(bias: torch.Tensor | None, chunks: int) -> torch.Tensor | None:

@@ -42,6 +42,8 @@ class SVDQuantTechnique:
         return KEY
 
     def start(self, run: Any) -> "SVDQuantState":
+        if self.engine.measure_later is not None:
+            self.engine.measure_later()
         return SVDQuantState(run, self.loaded, self.engine)
 
 
@@ -89,7 +91,8 @@ class SVDQuantState:
         )
         if self.num_lora:
             head += f", LoRA on {self.num_lora}"
-        return (head, *(f"SVDQuant {kernel}: {why}" for kernel, why in self.engine.reasons.items()))
+        reasons = (f"SVDQuant {kernel}: {why}" for kernel, why in self.engine.reasons.items())
+        return (*self.engine.notices, head, *reasons)
 
     def close(self) -> None:
         self.session.clear()

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .casts import narrowed
 from .kernels.base import LowRank
 
 
@@ -64,8 +65,10 @@ class Terms:
     in_factor: torch.Tensor | None = None
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "Terms":
-        """The same on a device and in a dtype; itself if nothing changes."""
-        moved = _mapped(self, lambda t: t.to(device=device, dtype=dtype, non_blocking=True))
+        """The same on a device and in a dtype."""
+        moved = _mapped(
+            self, lambda t: narrowed(t, dtype or t.dtype).to(device=device, non_blocking=True)
+        )
         assert isinstance(moved, Terms)
         return moved
 

@@ -37,8 +37,8 @@ def detect_text(header: Header) -> Checkpoint | None:
     other = next((name for name, one in settings.items() if is_core(one)), None)
     if other is not None:
         raise CheckpointError(
-            f"{header.path.name}: {other} has comfy_quant format '{settings[other]['format']}' beside "
-            "4-bit layers, a mix that this loader does not read"
+            f"{header.path.name}: {other} has comfy_quant format '{settings[other]['format']}' "
+            "beside 4-bit layers, a mix that this loader does not read"
         )
     return _checkpoint(header, KITCHEN, kitchen_layers(header, keys, settings))
 

@@ -54,6 +54,25 @@ def test_every_kind_equals_the_merge_into_the_dense_model(kind, dense, exact):
     assert torch.equal(loaded_flux_output(exact), base)  # taken off again, bit for bit
 
 
+def test_lora_on_layers_that_compute_in_fp32_from_16_bits(flux, dense):
+    """As on cards without bf16; here on the CPU, where ComfyUI computes in fp32."""
+    model = load_svdquant(str(flux[0]), {"backend": "dequant"})
+    assert model.model.get_dtype_inference() == torch.float32
+    assert model.model.diffusion_model.double_blocks[0].img_mlp[0].weight.dtype == torch.bfloat16
+    file = lora_file("lora", LAYERS[:-1])  # ComfyUI rounds its merge into the dense one
+    base_dense, base = loaded_flux_output(dense), loaded_flux_output(model)
+    assert rel(base, base_dense) < 1e-3  # only what the file holds is in 16 bits
+    delta = loaded_flux_output(with_lora(dense, file, 0.8)) - base_dense
+    patched = with_lora(model, file, 0.8)
+    got = loaded_flux_output(patched)
+    assert rel(got - base, delta) < 1e-2  # its factors rest in 16 bits
+    low = patched.clone()
+    low.unpatch_model(CPU)
+    low.load(CPU, lowvram_model_memory=0)
+    assert low.model.model_lowvram
+    assert torch.equal(flux_output(low), got)
+
+
 def test_several_loras_and_strengths_add_up(dense, exact):
     a, b = lora_file("lora"), lora_file("lokr", WHOLE, seed=1)
     c = lora_file("dora", WHOLE, seed=2)

@@ -49,6 +49,7 @@ HOSTS = {
     "backends/offload/host.py",
     "backends/svdquant/host.py",
     "backends/svdquant/host_detection.py",
+    "backends/svdquant/host_dtype.py",
     "backends/svdquant/host_files.py",
     "backends/svdquant/host_operations.py",
     "backends/svdquant/host_patcher.py",

@@ -14,15 +14,11 @@ from ..layouts import UNSIGNED_SHIFT
 from ..quantize import FP4_MAX, FP8_MAX
 from ..weight import Segment
 from .base import LayerRequest, LowRank, ShareKey, add_low_rank, smoothed
+from .kitchen_access import functions, switched_off, unavailable
 
 _MAX_EXTRA_RANK = 256  # beyond it the LoRA is a matmul of its own
-_NEEDED = {
-    "int4": ("quantize_svdquant_w4a4", "scaled_mm_svdquant_w4a4"),
-    "awq": ("gemv_awq_w4a16",),
-    "nvfp4": ("quantize_nvfp4", "scaled_mm_nvfp4"),
-}
-_OPS = (*_NEEDED["int4"], *_NEEDED["awq"])
-_PIP = "pip install --upgrade comfy-kitchen"
+_ROW_STEP = 256  # the kernels pad rows to a multiple of it
+_MAX_ELEMENTS = 2**31  # their index arithmetic is 32-bit
 _DTYPES = ("bfloat16", "float16")
 
 
@@ -30,27 +26,18 @@ class Kitchen:
     id = "kitchen"
 
     def available(self) -> str | None:
-        try:
-            import comfy_kitchen
-        except Exception as error:  # noqa: BLE001 - a wheel for another torch raises anything
-            return f"comfy-kitchen cannot be imported ({error}): {_PIP}"
-        missing = [name for name in _OPS if not hasattr(comfy_kitchen, name)]
-        if missing:
-            version = getattr(comfy_kitchen, "__version__", "this version")
-            return f"comfy-kitchen {version} lacks {missing[0]}; 0.2.31 or newer has it: {_PIP}"
-        return None
+        return unavailable()
 
     def ineligible(self, request: LayerRequest) -> str | None:
         if request.precision == "nvfp4":
             return _nvfp4_ineligible(request)
         if request.device_type != "cuda":
             return None
-        if request.dtype not in _DTYPES:
-            return f"{request.dtype}: comfy-kitchen's GPU kernels need bf16 or fp16"
         if request.sm is not None and request.sm < 80:
             return f"SM{request.sm}: comfy-kitchen's int4 kernels need SM80 (RTX 30) or newer"
-        backend = "hip" if request.is_hip else "cuda"
-        return _switched_off(backend, _NEEDED[request.precision])
+        if request.dtype not in _DTYPES:
+            return f"{request.dtype}: comfy-kitchen's GPU kernels need bf16 or fp16"
+        return switched_off("hip" if request.is_hip else "cuda", request.precision)
 
     def run(
         self,
@@ -62,7 +49,16 @@ class Kitchen:
         share: ShareKey | None = None,
     ) -> torch.Tensor:
         run = {"int4": _int4, "nvfp4": _nvfp4, "awq": _awq}[segment.facts.precision]
-        return run(x, segment, bias, extra, share)
+        most = max_rows(segment)
+        if x.shape[0] <= most:
+            return run(x, segment, bias, extra, share)
+        return torch.cat([run(part, segment, bias, extra, None) for part in x.split(most)])
+
+
+def max_rows(segment: Segment) -> int:
+    """How many rows of x one call takes: beyond it, the kernels' 32-bit indices overflow."""
+    widest = max(segment.facts.num_columns, segment.facts.num_rows)
+    return (_MAX_ELEMENTS - 1) // widest // _ROW_STEP * _ROW_STEP
 
 
 def release_workspaces() -> None:
@@ -76,36 +72,13 @@ def release_workspaces() -> None:
         workspaces.clear()
 
 
-def _switched_off(backend: str, ops: tuple[str, ...]) -> str | None:
-    """Why comfy-kitchen would fall back to plain torch on a GPU, which is slow; None if not."""
-    if Kitchen().available() is not None:
-        return None  # it says so itself
-    import comfy_kitchen
-
-    status = comfy_kitchen.list_backends().get(backend, {})
-    if not status.get("available"):
-        return f"comfy-kitchen has no {backend} kernels here ({status.get('unavailable_reason')})"
-    if status.get("disabled"):
-        return (
-            f"comfy-kitchen's {backend} kernels are switched off by ComfyUI (torch "
-            f"{torch.__version__}; CUDA kernels need a torch built for CUDA 13): install one, or "
-            "choose backend dequant"
-        )
-    # RDNA 2 has the hip backend without its matrix kernels; nvfp4 needs cuBLASLt.
-    capabilities = status.get("capabilities")
-    missing = [op for op in ops if capabilities is not None and op not in capabilities]
-    if missing:
-        return f"comfy-kitchen's {backend} kernels on this GPU have no {missing[0]}"
-    return None
-
-
 def _nvfp4_ineligible(request: LayerRequest) -> str | None:
     if request.device_type != "cuda" or request.sm is None or request.sm < 100:
         here = request.device_type if request.sm is None else f"SM{request.sm}"
         return f"{here}: nvfp4 matmuls need SM100 (RTX 50, B200) or newer"
     if request.dtype not in _DTYPES:
         return f"{request.dtype}: nvfp4 matmuls need bf16 or fp16"
-    return _switched_off("cuda", _NEEDED["nvfp4"])
+    return switched_off("cuda", "nvfp4")
 
 
 def _int4(
@@ -115,8 +88,6 @@ def _int4(
     extra: LowRank | None,
     share: ShareKey | None,
 ) -> torch.Tensor:
-    import comfy_kitchen
-
     assert segment.up is not None
     quantised = share.get() if share is not None else None
     if quantised is None:
@@ -131,7 +102,7 @@ def _int4(
         low, up = torch.cat([low, joined], 1), torch.cat([up, extra.up], 1)
     elif extra is not None:
         side = (x @ extra.down) @ extra.up.t()
-    y = comfy_kitchen.scaled_mm_svdquant_w4a4(
+    y = functions(x.device).scaled_mm_svdquant_w4a4(
         act=codes,
         wgt=segment.q,
         ascales=scales,
@@ -146,10 +117,8 @@ def _int4(
 
 def _quantise(x: torch.Tensor, segment: Segment) -> tuple[Any, Any, Any]:
     """Codes, scales and the low-rank branch's first product, which reads x unshifted."""
-    import comfy_kitchen
-
     unsigned = segment.facts.unsigned
-    return comfy_kitchen.quantize_svdquant_w4a4(
+    return functions(x.device).quantize_svdquant_w4a4(
         x + UNSIGNED_SHIFT if unsigned else x,
         smooth=segment.smooth,
         lora_down=segment.down,
@@ -186,7 +155,6 @@ def _awq(
     extra: LowRank | None,
     share: ShareKey | None,
 ) -> torch.Tensor:
-    import comfy_kitchen
-
-    y = comfy_kitchen.gemv_awq_w4a16(x, segment.q, segment.scale, segment.zeros, bias=bias)
+    gemv = functions(x.device).gemv_awq_w4a16
+    y = gemv(x, segment.q, segment.scale, segment.zeros, bias=bias)
     return add_low_rank(y, x, segment, extra)

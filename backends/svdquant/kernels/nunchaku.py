@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from .. import layouts
+from ..casts import narrowed
 from ..weight import Segment
 from .base import LayerRequest, LowRank, ShareKey, add_low_rank
 
@@ -96,7 +97,7 @@ def _gemm(
         weight = layouts.weight_to_file(layouts.swap_nibbles(segment.q).view(torch.int8))
         plain = layouts.plain_from_blocked(segment.scale).view(torch.uint8).t().contiguous()
         weight_scales = layouts.fp8_scales_to_file(plain)
-        rows = layouts.vector_to_file(segment.rows.to(x.dtype))
+        rows = layouts.vector_to_file(narrowed(segment.rows, x.dtype))
     else:
         weight, rows = layouts.weight_to_file(segment.q), None
         weight_scales = layouts.scales_to_file(segment.scale)

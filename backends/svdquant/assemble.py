@@ -13,15 +13,18 @@ import torch
 from .dialects import Checkpoint
 from .errors import CheckpointError
 from .families import Block, Family, Grid, Layer, Piece
-from .segments import SegmentReader, WithBias
+from .segments import CPU, SegmentReader, WithBias
 from .weight import QuantWeight, Segment, rows_of, stack_columns, stack_rows, whole
 
 Assembled = tuple[str, "torch.Tensor | QuantWeight"]
 
 
-def assemble(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[Assembled]:
-    """All tensors of the model under ComfyUI's names; 16-bit ones cast to `dtype`.
+def assemble(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device = CPU
+) -> Iterator[Assembled]:
+    """All tensors of the model under ComfyUI's names, on the CPU; 16-bit ones cast to `dtype`.
 
+    device: where quantised layers are unpacked.
     Raises CheckpointError for values that no model has (NaN, zero smoothing), for layers that are
     missing and for keys that are left over.
     """
@@ -30,15 +33,15 @@ def assemble(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[Assembled]:
     path = checkpoint.header.path
     try:
         with safe_open(str(path), framework="pt") as file:
-            yield from _Assembler(checkpoint, file, dtype).run()
+            yield from _Assembler(checkpoint, file, dtype, device).run()
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path.name} cannot be read ({error}): download it again") from error
 
 
 class _Assembler:
-    def __init__(self, checkpoint: Checkpoint, file: Any, dtype: torch.dtype):
+    def __init__(self, checkpoint: Checkpoint, file: Any, dtype: torch.dtype, device: torch.device):
         self.checkpoint = checkpoint
-        self.reader = SegmentReader(checkpoint, file, dtype)
+        self.reader = SegmentReader(checkpoint, file, dtype, device)
         self.dtype = dtype
         self.used: set[str] = set()
         self.num_shared = 0

@@ -163,8 +163,6 @@ def check_names(checkpoint: Checkpoint, network: torch.nn.Module, given: set[str
         if hasattr(module, "has_bias"):
             wanted.add(f"{name}.weight")
             wanted |= {f"{name}.bias"} if module.has_bias else set()
-    parts = {f"{n}.weight_" for n, m in network.named_modules() if getattr(m, "quantised", False)}
-    wanted = {n for n in wanted if not any(n.startswith(part) for part in parts)}
     file, family = checkpoint.header.path.name, checkpoint.family.title
     missing, extra = sorted(wanted - given), sorted(given - wanted)
     if missing:

@@ -8,7 +8,7 @@ from ..backends.host import show_text
 from ..backends.svdquant import host_files as files
 from ..backends.svdquant.calibrate import apply_calibrate
 from ..backends.svdquant.config import BACKENDS, DTYPES, PRECISIONS, ConvertConfig, SVDQuantConfig
-from ..backends.svdquant.host import load_svdquant
+from ..backends.svdquant.host import copy_sentence, load_svdquant
 
 
 class SlipstreamSVDQuantLoader(io.ComfyNode):
@@ -67,7 +67,19 @@ class SlipstreamSVDQuantLoader(io.ComfyNode):
                     advanced=True,
                     tooltip="Of everything that is not 4-bit. auto: the file's, if the GPU has it.",
                 ),
+                io.Boolean.Input(
+                    "keep_unpacked",
+                    default=True,
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "The first load writes an unpacked copy, about as large as the file, into "
+                        "models/slipstream_cache; later ones take seconds and share its memory. "
+                        "Off: nothing is written or read, and every load unpacks."
+                    ),
+                ),
             ],
+            hidden=[io.Hidden.unique_id],
             outputs=[io.Model.Output(tooltip="The MODEL: wire it as from Load Diffusion Model.")],
         )
 
@@ -79,10 +91,19 @@ class SlipstreamSVDQuantLoader(io.ComfyNode):
         precision: str = "auto",
         rank: int = 0,
         dtype: str = "auto",
+        keep_unpacked: bool = True,
     ) -> io.NodeOutput:
-        config = SVDQuantConfig(backend=backend, precision=precision, rank=rank, dtype=dtype)
-        path = str(files.model_path(model_name))
-        return io.NodeOutput(load_svdquant(path, config.to_json()))
+        config = SVDQuantConfig(
+            backend=backend,
+            precision=precision,
+            rank=rank,
+            dtype=dtype,
+            keep_unpacked=keep_unpacked,
+        )
+        model = load_svdquant(str(files.model_path(model_name)), config.to_json())
+        if said := copy_sentence(model):
+            show_text(said, cls.hidden.unique_id)
+        return io.NodeOutput(model)
 
 
 class SlipstreamSVDQuantInspect(io.ComfyNode):

@@ -4,27 +4,30 @@ With host_operations, host_patcher and host_files the only part of SVDQuant that
 Imports happen when called.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from .. import run
-from .assemble import assemble
+from .. import host, run
+from .assemble import Assembled, assemble
 from .config import SVDQuantConfig
 from .dialects import Checkpoint, detect
 from .engine import Engine, request_of
 from .errors import CheckpointError
 from .header import read_header
+from .host_cache import Found, find_or_make
 from .host_operations import operations
 from .host_patcher import quantised_layers, with_patcher
-from .layout import wrap
+from .layout import is_quantised, unwrap, wrap
 from .measure import measured_order
-from .segments import FILE_DTYPES
-from .technique import Loaded, SVDQuantTechnique
+from .segments import CPU, FILE_DTYPES
+from .technique import KEY, Loaded, SVDQuantTechnique
 from .weight import QuantWeight
 
 RELOADABLE = ("load_svdquant",)  # what a worker process may call
+UNPACKING_BYTES = 2**30  # free on the GPU: the largest layer in several forms, and other programs
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -45,7 +48,7 @@ def load_svdquant(
     device = comfy.model_management.get_torch_device()
     dtype = pick_dtype(checkpoint, settings, device)
     engine = Engine(settings.backend)
-    model = read_model(checkpoint, engine, dtype, device)
+    model = read_model(checkpoint, engine, dtype, device, keep_unpacked=settings.keep_unpacked)
     patcher = comfy.sd.load_diffusion_model_state_dict(
         dict(model.state),
         model_options={"custom_operations": operations(engine), "dtype": dtype},
@@ -68,41 +71,73 @@ def load_svdquant(
 @dataclass
 class ReadModel:
     """A file's tensors under ComfyUI's names, quantised ones wrapped; samples: a weight of each
-    precision; weight_bytes: of all quantised weights."""
+    precision; weight_bytes: of all quantised weights; copy: what was said of its unpacked copy."""
 
     state: dict[str, torch.Tensor] = field(default_factory=dict)
     samples: dict[str, QuantWeight] = field(default_factory=dict)
     weight_bytes: int = 0
+    copy: str = ""
 
 
 def read_model(
-    checkpoint: Checkpoint, engine: Engine, dtype: torch.dtype, device: torch.device
+    checkpoint: Checkpoint,
+    engine: Engine,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    keep_unpacked: bool = False,
 ) -> ReadModel:
-    """The whole file in memory, with a progress bar. Raises BackendError before much is read."""
+    """The whole file: mapped from its unpacked copy (made first if there is none), or in memory.
+
+    Raises BackendError before much is read.
+    """
+
+    def unpack() -> Iterator[Assembled]:
+        return unpacked(checkpoint, engine, dtype, device)
+
+    found = Found(None)
+    if keep_unpacked:
+        found = find_or_make(checkpoint, dtype, unpack)
+    model = ReadModel(copy=found.sentence)
+    for name, value in unpack() if found.state is None else found.state.items():
+        tensor = wrap(value, dtype) if isinstance(value, QuantWeight) else value
+        if is_quantised(tensor):
+            weight = unwrap(tensor)
+            check_backend(engine, weight, device)
+            model.weight_bytes += weight.num_bytes
+            model.samples.setdefault(weight.segments[0].facts.precision, weight)
+        model.state[name] = tensor
+    return model
+
+
+def unpacked(
+    checkpoint: Checkpoint, engine: Engine, dtype: torch.dtype, device: torch.device
+) -> Iterator[Assembled]:
+    """`assemble` with a progress bar, on a GPU that has room for it."""
     import comfy.utils
 
-    model = ReadModel()
     bar = comfy.utils.ProgressBar(len(checkpoint.layers) + len(checkpoint.dense))
-    for name, value in assemble(checkpoint, dtype):
+    unpack_on = CPU
+    if device.type == "cuda" and host.free_memory(device) >= UNPACKING_BYTES:
+        unpack_on = device
+    for name, value in assemble(checkpoint, dtype, unpack_on):
         if isinstance(value, QuantWeight):
             check_backend(engine, value, device)
-            model.weight_bytes += value.num_bytes
-            model.samples.setdefault(value.segments[0].facts.precision, value)
-            value = wrap(value, dtype)
-        model.state[name] = value
+        yield name, value
         bar.update(1)
-    return model
+    if unpack_on is not CPU:
+        host.release_cached_memory()
 
 
 def finish(patcher: Any, checkpoint: Checkpoint, engine: Engine, model: ReadModel) -> None:
     """Checks that the network took every tensor; gives it our patcher class and the report."""
     check_names(checkpoint, patcher.model.diffusion_model, set(model.state))
     with_patcher(patcher)
-    run.attach(patcher, technique_of(checkpoint, patcher, engine, model.weight_bytes))
+    run.attach(patcher, technique_of(checkpoint, patcher, engine, model))
 
 
 def technique_of(
-    checkpoint: Checkpoint, patcher: Any, engine: Engine, weight_bytes: int
+    checkpoint: Checkpoint, patcher: Any, engine: Engine, model: ReadModel
 ) -> SVDQuantTechnique:
     """What the report shows of this model."""
     layers = quantised_layers(patcher.model)
@@ -112,10 +147,18 @@ def technique_of(
         title=checkpoint.family.title,
         family=checkpoint.family.id,
         dialect=checkpoint.dialect,
-        weight_bytes=weight_bytes,
+        weight_bytes=model.weight_bytes,
         keys=tuple(f"{name}.weight" for name in layers),
+        copy=model.copy,
     )
     return SVDQuantTechnique(loaded, engine)
+
+
+def copy_sentence(patcher: Any) -> str:
+    """What there is to say of a loaded model's unpacked copy; often nothing."""
+    technique = run.attached(patcher)[KEY]
+    assert isinstance(technique, SVDQuantTechnique)
+    return technique.loaded.copy
 
 
 def check_backend(engine: Engine, weight: QuantWeight, device: torch.device) -> None:

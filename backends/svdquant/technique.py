@@ -19,13 +19,15 @@ KEY = "svdquant"
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """Facts of a loaded file. keys: the patch keys of its quantised weights, layer by layer."""
+    """Facts of a loaded file. keys: the patch keys of its quantised weights, layer by layer;
+    copy: where its unpacked copy is, or why there is none."""
 
     title: str
     family: str
     dialect: str
     weight_bytes: int
     keys: tuple[str, ...]
+    copy: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class SVDQuantState:
                 "layers": len(self.loaded.keys),
                 "weight_bytes": self.loaded.weight_bytes,
                 "lora_layers": self.num_lora,
+                "copy": self.loaded.copy,
                 "reasons": reasons,
             },
             lines=self.lines(counts),
@@ -87,7 +90,9 @@ class SVDQuantState:
         )
         if self.num_lora:
             head += f", LoRA on {self.num_lora}"
-        return (head, *(f"SVDQuant {kernel}: {why}" for kernel, why in self.engine.reasons.items()))
+        copy = (f"SVDQuant: {self.loaded.copy}",) if self.loaded.copy else ()
+        reasons = (f"SVDQuant {kernel}: {why}" for kernel, why in self.engine.reasons.items())
+        return (head, *copy, *reasons)
 
     def close(self) -> None:
         self.session.clear()

@@ -96,6 +96,7 @@ def test_kitchen_in_16_bits_and_the_report(family, files):
             unwrap(m.weight).num_bytes for m in quantised_layers(model.model).values()
         ),
         "lora_layers": 0,
+        "copy": "",
         "reasons": {},
     }
 

@@ -148,7 +148,7 @@ def write(
         put(name, _DTYPES[tensor.dtype], list(tensor.shape), _bytes_of(tensor))
         if gap := aligned(end) - end:
             put(f"{GAP}{end}", "U8", [gap], memoryview(bytes(gap)))
-    sealed = int(time.time()) // 2 * 2  # FAT keeps even seconds
+    sealed = int(time.time()) // 2 * 2  # whole, as no write sets it; even, for FAT
     info = {
         "version": VERSION,
         "source": str(source),
@@ -176,7 +176,7 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
 
 def seal(path: Path, sealed: int) -> None:
     """Give a copy that is known to be whole its date."""
-    os.utime(path, (sealed, sealed))
+    os.utime(path, ns=(sealed * 10**9, sealed * 10**9))
 
 
 # ---- reading ----
@@ -204,7 +204,7 @@ def open_copy(path: Path, made_from: str) -> Copy:
         info = header.json(INFO)
         if info.get("version") != VERSION or info.get("made_from") != made_from:
             raise DamagedError("it was made from another file, or by another version")
-        if int(path.stat().st_mtime) // 2 * 2 != info["sealed"]:
+        if path.stat().st_mtime_ns != info["sealed"] * 10**9:
             _verify(header, info["checksums"])
             seal(path, info["sealed"])
         names = tuple(name for name in header.tensors if not name.startswith(GAP))

@@ -32,11 +32,18 @@ def folder(tmp_path, monkeypatch):
     return path
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Two models of the same names and sizes."""
+    paths = [tmp_path_factory.mktemp("made") / f"{seed}.safetensors" for seed in (0, 1)]
+    for seed, path in enumerate(paths):
+        svdquant_models.write(path, "flux", "nunchaku-1", seed=seed, **FLUX)
+    return paths
+
+
 @pytest.fixture
-def source(tmp_path):
-    path = tmp_path / "model.safetensors"
-    svdquant_models.write(path, "flux", "nunchaku-1", **FLUX)
-    return path
+def source(made, tmp_path):
+    return Path(shutil.copy(made[0], tmp_path / "model.safetensors"))
 
 
 def load(path, **config):
@@ -90,7 +97,8 @@ def test_a_step_is_the_same_without_with_a_new_and_with_an_old_copy(source, fold
     assert (after.st_ino, after.st_mtime_ns) == (stamp.st_ino, stamp.st_mtime_ns)
     section = runs.run_log(second).latest().to_json()["svdquant"]
     assert section["copy"] == copy_sentence(second)
-    assert "SVDQuant: opened from its" in runs.run_log(second).latest().text
+    text = runs.run_log(second).latest().to_text()
+    assert f"SVDQuant: {copy_sentence(second)}" in text.splitlines()
     assert names(folder) == [".lock", name]
 
 
@@ -100,8 +108,7 @@ def test_a_lora_goes_on_and_off_and_leaves_the_copy_as_it_is(source, folder):
     before = path.read_bytes()
     plain, mapped = load(source, keep_unpacked=False), load(source)
     key = "diffusion_model.single_blocks.0.linear2.weight"
-    down, up = torch.randn(4, 640), torch.randn(128, 4)
-    patch = {key: ("lora", (up, down, 4.0, None, None, None))}
+    patch = {key: ("diff", (torch.randn(128, 640),))}
     outputs = []
     for model in (plain, mapped):
         with_lora = model.clone()
@@ -158,10 +165,10 @@ def test_a_damaged_copy_is_made_again(source, folder, caplog, damage):
     assert copy_sentence(load(source)).startswith("opened")
 
 
-def test_a_replaced_source_replaces_its_copy_also_under_a_loaded_model(source, folder):
+def test_a_replaced_source_replaces_its_copy_also_under_a_loaded_model(source, made, folder):
     old = load(source)
     before, stat = sample(old, "flux"), source.stat()
-    svdquant_models.write(source, "flux", "nunchaku-1", seed=1, **FLUX)
+    shutil.copy(made[1], source)
     os.utime(source, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert source.stat().st_size == stat.st_size
     new = load(source)
@@ -252,7 +259,7 @@ def test_while_another_process_writes_this_one_goes_on(source, folder):
 def test_a_copy_goes_with_its_source_and_what_is_not_ours_stays(source, folder, tmp_path):
     load(source)
     other = tmp_path / "other.safetensors"
-    svdquant_models.write(other, "flux", "nunchaku-2", **FLUX)
+    shutil.copy(source, other)
     foreign = folder / "foreign.safetensors"
     shutil.copy(other, foreign)
     away = tmp_path / "disk"
@@ -274,7 +281,7 @@ CHILD = """
 import sys, json
 sys.path.insert(0, sys.argv[1])
 import comfy_home, torch
-comfy_home.load_pack(); comfy_home.in_process(); torch.set_num_threads(1)
+comfy_home.load_pack(); comfy_home.in_process(); torch.set_num_threads(2)
 from pathlib import Path
 from slipstream.backends.svdquant import host_cache, repacked
 host_cache.cache_folder = lambda: Path(sys.argv[3])
@@ -325,10 +332,10 @@ def test_a_killed_writer_leaves_nothing_that_stays(source, folder):
 
 
 def test_processes_at_the_same_time_give_one_copy_and_equal_outputs(source, folder, tmp_path):
-    outputs = [tmp_path / f"{index}.pt" for index in range(3)]
+    outputs = [tmp_path / f"{index}.pt" for index in range(2)]
     processes = [child(source, folder, output) for output in outputs]
     said = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, 0]
+    assert [process.returncode for process in processes] == [0, 0]
     assert sum("made a " in text for text in said) >= 1, said
     assert len(copies(folder)) == 1
     wanted = loaded_flux_output(load(source, keep_unpacked=False))

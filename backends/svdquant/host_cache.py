@@ -55,25 +55,29 @@ def find_or_make(
 
     unpack: starts to yield the source's tensors; called at most once, and what it raises passes.
     """
+    from safetensors import SafetensorError
+
     folder, source = cache_folder(), checkpoint.header.path.resolve()
     if folder is None or checkpoint.header.size < SMALLEST_BYTES:
         return Found(None)
     remove_orphans(folder)
     path = folder / copy_name(source, dtype)
     made_from = repacked.identity(source, dtype)
-    if path.is_file():
-        found = _opened(path, made_from, dtype)
-        if found is not None:
-            sentence = f"opened from its {_size(path)} copy in {folder.name}"
-            log.info("SVDQuant: %s %s (%s)", source.name, sentence, path)
-            return Found(found, sentence)
-    problem = _make(folder, path, made_from, checkpoint, unpack)
-    found = None if problem else _opened(path, made_from, dtype)
+    copy = _checked(path, made_from)
+    verb, problem, found = "opened from its", "", None
+    if copy is None:
+        verb, problem = "made a", _make(folder, path, made_from, checkpoint, unpack)
+        copy = None if problem else _checked(path, made_from)
+    if copy is not None:
+        try:
+            found = _mapped(copy, dtype)
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+            problem = f"{path.name} cannot be mapped ({error})"
     if found is None:
-        sentence = f"no copy was kept, so the next load unpacks again: {problem or 'see the log'}"
+        sentence = f"loaded without a copy for fast loading: {problem or 'see the log'}"
         log.warning("SVDQuant: %s: %s", source.name, sentence)
         return Found(None, sentence)
-    sentence = f"made a {_size(path)} copy for fast loading in {folder.name}; {OFF}"
+    sentence = f"{verb} {_size(path)} copy for fast loading in {folder.name}; {OFF}"
     log.info("SVDQuant: %s: %s (%s)", source.name, sentence, path)
     return Found(found, sentence)
 
@@ -86,18 +90,22 @@ def copy_name(source: Path, dtype: torch.dtype) -> str:
     )
 
 
-def _opened(path: Path, made_from: str, dtype: torch.dtype) -> dict[str, torch.Tensor] | None:
-    """The tensors of a copy as ComfyUI maps any model file; None if it is not usable."""
-    import comfy.utils
-    from safetensors import SafetensorError
-
+def _checked(path: Path, made_from: str) -> repacked.Copy | None:
+    """A copy that may be used; None, with a line in the log, if there is none."""
+    if not path.is_file():
+        return None
     try:
-        copy = repacked.open_copy(path, made_from)
-        tensors = comfy.utils.load_torch_file(str(path))
-    except (repacked.DamagedError, SafetensorError, OSError, ValueError) as error:
+        return repacked.open_copy(path, made_from)
+    except repacked.DamagedError as error:
         log.info("SVDQuant: %s is made again: %s", path.name, error)
         return None
-    state = {}
+
+
+def _mapped(copy: repacked.Copy, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The tensors of a copy as ComfyUI maps those of any model file."""
+    import comfy.utils
+
+    tensors, state = comfy.utils.load_torch_file(str(copy.header.path)), {}
     for name in copy.names:
         layer, tensor = copy.layers.get(name), tensors[name]
         if layer is not None:

@@ -16,6 +16,7 @@ from slipstream.backends.svdquant.header import read_header
 from slipstream.backends.svdquant.host import load_svdquant
 from slipstream.backends.svdquant.host_patcher import quantised_layers
 from slipstream.backends.svdquant.layout import FrozenWeightError, unwrap, wrap
+from slipstream.backends.svdquant.weight import PARTS
 from svdquant_networks import (
     CPU,
     SIZES,
@@ -167,6 +168,36 @@ def test_sizes_are_counted_in_loaded_flux_output(files):
     bias = module.bias.numel() * module.bias.element_size()
     counted = comfy.model_management.module_size(module)
     assert counted == unwrap(module.weight).num_bytes + bias, name
+
+
+def test_low_vram_pins_whole_layers(files, monkeypatch):
+    """Core registers one range per weight; what lies outside of it is copied as pageable memory."""
+    import comfy.model_management as management
+
+    pinned = {}
+
+    class Runtime:
+        def cudaHostRegister(self, address, size, flags):
+            pinned[address] = size
+            return 0
+
+        def cudaHostUnregister(self, address):
+            return 0
+
+    monkeypatch.setattr(management, "MAX_PINNED_MEMORY", 2**40)
+    monkeypatch.setattr(management, "PINNED_MEMORY", {})
+    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    model = load_svdquant(str(files("flux", "nunchaku-1")[0]))
+    for name, module in quantised_layers(model.model).items():
+        model.pin_weight_to_device(f"{name}.weight")
+        (address, size) = pinned.popitem()
+        assert not pinned
+        for segment in unwrap(module.weight).segments:
+            for part in (t for p in PARTS if (t := getattr(segment, p)) is not None):
+                assert address <= part.data_ptr()
+                assert part.data_ptr() + part.nbytes <= address + size, name
+    model.unpin_all_weights()
+    assert not management.PINNED_MEMORY
 
 
 def test_weights_cannot_be_changed_in_place(files):

@@ -1,6 +1,6 @@
 """How long SVDQuant Loader takes for a Qwen-Image file, and what memory it keeps to itself.
 
-    python bench svdquant_load [--blocks 60] [--threads 2] [--folder FOLDER] [--out docs/benchmarks]
+    python bench svdquant_load [--blocks 60] [--threads 2] [--cases off,first,second] [--folder FOLDER]
 
 Writes a file of full width (rank 128, random codes; 60 blocks are the whole model, 12 GB) and loads
 it through the real loader up to the MODEL, each time in a fresh process: without an unpacked copy,
@@ -139,7 +139,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     path, copies = folder / "svdq-int4_r128-qwen-image.safetensors", folder / "copies"
     write_file(path, options.blocks)
     rows = []
-    for case in CASES:
+    for case in (case for case in CASES if case in options.cases.split(",")):
         arguments = ["--child", case, "--threads", str(options.threads)]
         said = children.ask("svdquant_load", *arguments, "--folder", str(folder))
         rows.append({"case": case, **said})
@@ -160,6 +160,9 @@ def main() -> int:
         "--folder", type=Path, help="where the file is written (default: temporary)"
     )
     parser.add_argument("--out", type=Path, default=PACK_ROOT / "output" / "bench")
+    parser.add_argument(
+        "--cases", default=",".join(CASES), help="off takes as much RAM as the file"
+    )
     parser.add_argument("--child", choices=CASES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not sys.platform.startswith("linux"):
@@ -174,7 +177,8 @@ def main() -> int:
         children.answer(found)
         return 0
     found = {
-        "command": "python bench svdquant_load --out docs/benchmarks",
+        "command": f"python bench svdquant_load --blocks {options.blocks} --threads "
+        f"{options.threads} --cases {options.cases} --out docs/benchmarks",
         "num_blocks": options.blocks,
         "goal_seconds": GOALS,
         "goal_private": GOAL_PRIVATE,

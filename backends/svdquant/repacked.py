@@ -18,7 +18,9 @@ import os
 import struct
 import time
 import zlib
+from collections import deque
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -54,6 +56,7 @@ _DTYPES = {
 }
 _NUM_SAMPLES, _SAMPLE_BYTES = 32, 65536
 _CHUNK_BYTES = 1 << 22
+_NUM_WAITING = 2  # tensors to be written
 
 
 class DamagedError(ValueError):
@@ -121,33 +124,44 @@ def write(
 ) -> int:
     """Write a copy into an empty file and sync it; the date that it has to get (seal).
 
-    num_tensors: about how many the source has, for the room of the header. One tensor is in
-    memory at a time. Raises OSError if the disk is full.
+    num_tensors: about how many the source has, for the room of the header. A thread writes while
+    the next tensor is unpacked; a few are in memory at a time. Raises OSError if the disk is full.
     """
     base = 4096 * (64 + num_tensors) - 8
     file.seek(8 + base)
     entries: dict[str, Any] = {}
     layers: dict[str, Any] = {}
     checksums: dict[str, int] = {}
+    pending: deque[Future[None]] = deque()
     end = 0
 
-    def put(name: str, dtype: str, shape: list[int], content: memoryview) -> None:
-        nonlocal end
-        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + len(content)]}
+    def store(name: str, tensor: torch.Tensor) -> None:
+        content = _bytes_of(tensor)
         checksums[name] = zlib.crc32(content)
         file.write(content)
-        end += len(content)
 
-    for name, value in tensors:
-        tensor = value
-        if isinstance(value, QuantWeight):
-            tensor, places = packed(value)
-            layers[name] = [list(value.shape), places_to_json(places)]
-        assert isinstance(tensor, torch.Tensor)
-        tensor = tensor.contiguous()
-        put(name, _DTYPES[tensor.dtype], list(tensor.shape), _bytes_of(tensor))
-        if gap := aligned(end) - end:
-            put(f"{GAP}{end}", "U8", [gap], memoryview(bytes(gap)))
+    with ThreadPoolExecutor(1) as writer:
+
+        def put(name: str, tensor: torch.Tensor) -> None:
+            nonlocal end
+            start, end = end, end + tensor.numel() * tensor.element_size()
+            dtype, shape = _DTYPES[tensor.dtype], list(tensor.shape)
+            entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+            pending.append(writer.submit(store, name, tensor))
+            while len(pending) > _NUM_WAITING:
+                pending.popleft().result()
+
+        for name, value in tensors:
+            tensor = value
+            if isinstance(value, QuantWeight):
+                tensor, places = packed(value)
+                layers[name] = [list(value.shape), places_to_json(places)]
+            assert isinstance(tensor, torch.Tensor)
+            put(name, tensor.contiguous())
+            if gap := aligned(end) - end:
+                put(f"{GAP}{end}", torch.zeros(gap, dtype=torch.uint8))
+        while pending:
+            pending.popleft().result()
     sealed = int(time.time()) // 2 * 2  # whole, as no write sets it; even, for FAT
     info = {
         "version": VERSION,

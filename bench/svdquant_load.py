@@ -1,6 +1,7 @@
 """How long SVDQuant Loader takes for a Qwen-Image file, and what memory it keeps to itself.
 
-    python bench svdquant_load [--blocks 60] [--threads 2] [--cases off,first,second] [--folder FOLDER]
+    python bench svdquant_load [--blocks 60] [--threads 2] [--cases off,first,second]
+                               [--folder FOLDER] [--out docs/benchmarks]
 
 Writes a file of full width (rank 128, random codes; 60 blocks are the whole model, 12 GB) and loads
 it through the real loader up to the MODEL, each time in a fresh process: without an unpacked copy,
@@ -86,7 +87,8 @@ def entries(num_blocks: int) -> dict[str, tuple[str, tuple[int, ...]]]:
 def write_file(path: Path, num_blocks: int) -> None:
     """The file; equal bytes in every block, since none of the paths looks at their values."""
     sizes = {"I8": 1, "BF16": 2, "I32": 4}
-    header, end = {}, 0
+    header: dict[str, Any] = {}
+    end = 0
     for name, (dtype, shape) in entries(num_blocks).items():
         start, end = end, end + sizes[dtype] * torch.Size(shape).numel()
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}

@@ -27,6 +27,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from ..errors import SlipstreamError
 from .buffer import Place, aligned, packed, places_from_json, places_to_json
 from .errors import CheckpointError
 from .header import Header, read_header
@@ -59,7 +60,7 @@ _CHUNK_BYTES = 1 << 22
 _NUM_WAITING = 2  # tensors to be written
 
 
-class DamagedError(ValueError):
+class DamagedError(SlipstreamError, ValueError):
     """A copy that is not what it should be; the sentence says why, and it is made again."""
 
 

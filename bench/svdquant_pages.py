@@ -60,10 +60,10 @@ def load_page(found: Json) -> str:
         f"A Qwen-Image file of {blocks} blocks (the model has 60) at full width, rank 128, random "
         f"codes: {size / 1e9:.1f} GB, its unpacked copy {(found['copy_bytes'] or 0) / 1e9:.1f} GB. "
         "From the file to the MODEL on a CPU, each time in a fresh process; the files are in the "
-        f"system's file cache as far as they fit. Goals for 60 blocks on two idle cores: "
-        f"{goals['first']} s and {goals['second']} s, and after the second no private memory beyond "
-        f"{goal_private:.0%} of the file. Where the load above is more than the cores, seconds are "
-        "mostly waiting for other programs, and processor seconds say what the work takes."
+        "system's file cache as far as they fit. Goals for 60 blocks on two idle cores: "
+        f"{goals['first']} s and {goals['second']} s, and after the second no private memory "
+        f"beyond {goal_private:.0%} of the file. Where the load above is more than the cores, "
+        "seconds are mostly waiting for other programs, and processor seconds say what the work takes."
     )
     header = ["load", "seconds", "goal", "processor seconds", "private memory", "of the file"]
     header += ["a pass over all weights", "private memory then"]

@@ -63,7 +63,7 @@ def load_page(found: Json) -> str:
         "system's file cache as far as they fit. Goals for 60 blocks on two idle cores: "
         f"{goals['first']} s and {goals['second']} s, and after the second no private memory "
         f"beyond {goal_private:.0%} of the file. Where the load above is more than the cores, "
-        "seconds are mostly waiting for other programs, and processor seconds say what the work takes."
+        "seconds are mostly waiting for other programs; processor seconds say what the work takes."
     )
     header = ["load", "seconds", "goal", "processor seconds", "private memory", "of the file"]
     header += ["a pass over all weights", "private memory then"]

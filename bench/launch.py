@@ -40,6 +40,16 @@ def parser() -> argparse.ArgumentParser:
         "--doctor", action="store_true", help="say what sequence parallel finds on this machine"
     )
     options.add_argument(
+        "--svdquant-cache",
+        metavar="FOLDER",
+        nargs="?",
+        const="",
+        help="list the unpacked copies that SVDQuant Loader keeps (default: ComfyUI's folder)",
+    )
+    options.add_argument(
+        "--svdquant-cache-delete", metavar="NAME", help="delete one of them, or all"
+    )
+    options.add_argument(
         "--install-from", metavar="URL", help="git URL or local clone from which to install ComfyUI"
     )
     # What the first Python tells the second: which part to run, and why it is not the full one.
@@ -80,6 +90,10 @@ def run_part(options: argparse.Namespace) -> int:
         from . import doctor
 
         return doctor.main([])
+    if asks_for_copies(options):
+        from . import svdquant_cache
+
+        return svdquant_cache.run(options)
     if options.part == COMFYUI:
         from . import demo
 
@@ -92,6 +106,11 @@ def run_part(options: argparse.Namespace) -> int:
 
     demo_models.write(Path(options.comfyui), options.folder)
     return 0
+
+
+def asks_for_copies(options: argparse.Namespace) -> bool:
+    """Whether SVDQuant Loader's copies are to be listed or deleted."""
+    return options.svdquant_cache is not None or options.svdquant_cache_delete is not None
 
 
 def hand_over(options: argparse.Namespace, arguments: list[str]) -> int:
@@ -111,8 +130,9 @@ def choose(options: argparse.Namespace) -> tuple[str, str, list[str]]:
     if options.standalone:
         return STANDALONE, standalone_python(), ["--reason", "--standalone was given"]
     comfyui = setup_env.find_comfyui(options.comfyui)
-    if options.doctor and comfyui is None:  # it looks, and installs nothing but a Python
-        return STANDALONE, standalone_python(), ["--reason", "--doctor was given"]
+    # these look, and install nothing but a Python
+    if (options.doctor or asks_for_copies(options)) and comfyui is None:
+        return STANDALONE, standalone_python(), ["--reason", "nothing is sampled"]
     named = setup_env.named_python()
     try:
         if comfyui is None:

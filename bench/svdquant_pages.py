@@ -44,6 +44,56 @@ def _convert_row(found: Json, row: Json) -> list[str]:
     ]
 
 
+_LOADS = {
+    "off": "`keep_unpacked` off: every load",
+    "first": "first load, which makes the copy",
+    "second": "every later load",
+}
+
+
+def load_page(found: Json) -> str:
+    """docs/benchmarks/svdquant-load.md"""
+    size, blocks = found["file_bytes"], found["num_blocks"]
+    goals, goal_private = found["goal_seconds"], found["goal_private"]
+    parts = ["# How long SVDQuant Loader takes", *preface(found)]
+    parts.append(
+        f"A Qwen-Image file of {blocks} blocks (the model has 60) at full width, rank 128, random "
+        f"codes: {size / 1e9:.1f} GB, its unpacked copy {(found['copy_bytes'] or 0) / 1e9:.1f} GB. "
+        "From the file to the MODEL on a CPU, each time in a fresh process; the files are in the "
+        "system's file cache as far as they fit. Goals for 60 blocks on two idle cores: "
+        f"{goals['first']} s and {goals['second']} s, and after the second no private memory "
+        f"beyond {goal_private:.0%} of the file. Where the load above is more than the cores, "
+        "seconds are mostly waiting for other programs; processor seconds say what the work takes."
+    )
+    header = ["load", "seconds", "goal", "processor seconds", "private memory", "of the file"]
+    header += ["a pass over all weights", "private memory then"]
+    parts.append(table(header, [_load_row(found, row) for row in found["rows"]]))
+    parts.append(
+        "Private memory is what no file backs (`RssAnon`): it cannot be dropped and read again, "
+        "and every process has its own. A mapped weight is read from the disk when it is first "
+        "used; the pass over all weights shows that time and that it makes nothing private."
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def _load_row(found: Json, row: Json) -> list[str]:
+    name = _LOADS[row["case"]]
+    if "error" in row:
+        return [name, row["error"], *[""] * 6]
+    goal = found["goal_seconds"].get(row["case"])
+    goal = goal and goal * found["num_blocks"] / 60
+    return [
+        name,
+        f"{row['seconds']:.1f}",
+        "" if goal is None else "met" if row["seconds"] <= goal else "missed",
+        f"{row['cpu_seconds']:.1f}",
+        f"{row['private_bytes'] / 1e9:.2f} GB",
+        f"{row['private_bytes'] / found['file_bytes']:.0%}",
+        f"{row['read_seconds']:.1f} s",
+        f"{row['private_bytes_after_use'] / 1e9:.2f} GB",
+    ]
+
+
 def methods_page(found: Json) -> str:
     """docs/benchmarks/svdquant-methods.md"""
     parts = ["# What each step of SVDQuant's quantiser buys", *preface(found)]
@@ -122,6 +172,7 @@ def step_page(found: Json) -> str:
 
 PAGES: dict[str, Callable[[Json], str]] = {
     "svdquant-convert": convert_page,
+    "svdquant-load": load_page,
     "svdquant-methods": methods_page,
     "svdquant-layers": layers_page,
     "svdquant-flux": step_page,

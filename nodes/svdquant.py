@@ -4,7 +4,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..backends.host import show_text, show_text_on_running_node
+from ..backends.host import show_text
 from ..backends.svdquant import host_files as files
 from ..backends.svdquant.calibrate import apply_calibrate
 from ..backends.svdquant.config import BACKENDS, DTYPES, PRECISIONS, ConvertConfig, SVDQuantConfig
@@ -70,7 +70,19 @@ class SlipstreamSVDQuantLoader(io.ComfyNode):
                         "device, which is fp32 where neither bf16 nor fp16 is safe."
                     ),
                 ),
+                io.Boolean.Input(
+                    "keep_unpacked",
+                    default=True,
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "The first load writes an unpacked copy, about as large as the file, into "
+                        "models/slipstream_cache; later ones take seconds and share its memory. "
+                        "Off: nothing is written or read, and every load unpacks."
+                    ),
+                ),
             ],
+            hidden=[io.Hidden.unique_id],
             outputs=[io.Model.Output(tooltip="The MODEL: wire it as from Load Diffusion Model.")],
         )
 
@@ -82,11 +94,18 @@ class SlipstreamSVDQuantLoader(io.ComfyNode):
         precision: str = "auto",
         rank: int = 0,
         dtype: str = "auto",
+        keep_unpacked: bool = True,
     ) -> io.NodeOutput:
-        config = SVDQuantConfig(backend=backend, precision=precision, rank=rank, dtype=dtype)
+        config = SVDQuantConfig(
+            backend=backend,
+            precision=precision,
+            rank=rank,
+            dtype=dtype,
+            keep_unpacked=keep_unpacked,
+        )
         model = load_svdquant(str(files.model_path(model_name)), config.to_json())
         if notice := notice_of(model):
-            show_text_on_running_node(notice)
+            show_text(notice, cls.hidden.unique_id)
         return io.NodeOutput(model)
 
 

@@ -40,8 +40,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """What runs measure stays out of the checkout's user folder, and out of the next test."""
     from slipstream.backends import host
+    from slipstream.backends.svdquant import host_cache
 
     monkeypatch.setattr(host, "user_folder", lambda: None)
+    monkeypatch.setattr(host_cache, "cache_folder", lambda: None)
 
 
 @pytest.fixture(scope="session")

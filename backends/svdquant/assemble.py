@@ -18,7 +18,7 @@ from .errors import CheckpointError
 from .families import Block, Family, Grid, Layer, Piece
 from .file_layers import LITE
 from .header import Header
-from .segments import SegmentReader, WithBias
+from .segments import CPU, SegmentReader, WithBias
 from .variants import missing_markers
 from .weight import QuantWeight, Segment, rows_of, stack_columns, stack_rows, whole
 
@@ -26,11 +26,16 @@ Assembled = tuple[str, "torch.Tensor | QuantWeight"]
 
 
 def assemble(
-    checkpoint: Checkpoint, dtype: torch.dtype, kind: "type[Assembler] | None" = None
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device = CPU,
+    *,
+    kind: "type[Assembler] | None" = None,
 ) -> Iterator[Assembled]:
-    """All tensors of the model under ComfyUI's names; 16-bit ones cast to `dtype`.
+    """All tensors of the model under ComfyUI's names, on the CPU; 16-bit ones cast to `dtype`.
 
-    kind: the class that puts them together, where it is not Assembler itself.
+    device: where quantised layers are unpacked; kind: the class that puts them together, where it
+    is not Assembler itself.
     Raises CheckpointError for values that no model has (NaN, zero smoothing), for layers that are
     missing and for keys that are left over.
     """
@@ -43,7 +48,7 @@ def assemble(
                 path: opened.enter_context(safe_open(str(path), framework="pt"))
                 for path in header.paths
             }
-            yield from (kind or Assembler)(checkpoint, _Files(header, files), dtype).run()
+            yield from (kind or Assembler)(checkpoint, _Files(header, files), dtype, device).run()
     except (SafetensorError, OSError) as error:
         names = " or ".join(path.name for path in header.paths)
         raise CheckpointError(f"{names} cannot be read ({error}): download it again") from error
@@ -60,9 +65,9 @@ class _Files:
 
 
 class Assembler:
-    def __init__(self, checkpoint: Checkpoint, file: Any, dtype: torch.dtype):
+    def __init__(self, checkpoint: Checkpoint, file: Any, dtype: torch.dtype, device: torch.device):
         self.checkpoint = checkpoint
-        self.reader = SegmentReader(checkpoint, file, dtype)
+        self.reader = SegmentReader(checkpoint, file, dtype, device)
         self.dtype = dtype
         self.used: set[str] = set()
         self.num_shared = 0

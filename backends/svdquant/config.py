@@ -16,12 +16,16 @@ def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class SVDQuantConfig:
-    """How a file is loaded. precision and rank only assert; rank 0 takes the file's."""
+    """How a file is loaded. precision and rank only assert; rank 0 takes the file's.
+
+    keep_unpacked: later loads map a copy in the unpacked form, which the first one writes.
+    """
 
     backend: str = "auto"
     precision: str = "auto"
     rank: int = 0
     dtype: str = "auto"
+    keep_unpacked: bool = True
 
     def __post_init__(self) -> None:
         _one_of("backend", self.backend, BACKENDS)

@@ -5,32 +5,36 @@ knows ComfyUI. Imports happen when called.
 """
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from .. import run
-from .assemble import assemble
+from .. import host, run
+from .assemble import Assembled, assemble
 from .config import SVDQuantConfig
 from .dialects import Checkpoint, detect
 from .engine import Engine, request_of
 from .errors import CheckpointError
 from .families import CORE
 from .halves import read_model_header
+from .host_cache import Found, find_or_make
 from .host_detection import model_title
 from .host_dtype import pick_dtypes
 from .host_operations import mixed_operations, operations
 from .host_patcher import quantised_layers, with_patcher
-from .layout import wrap
+from .layout import is_quantised, unwrap, wrap
 from .measure import prove
 from .notices import notices
+from .segments import CPU
 from .technique import KEY, Loaded, SVDQuantTechnique
 from .variants import variant_notes
 from .weight import QuantWeight
 
 log = logging.getLogger("slipstream")
 RELOADABLE = ("load_svdquant",)  # what a worker process may call
+UNPACKING_BYTES = 2**30  # free on the GPU: the largest layer in several forms, and other programs
 
 
 def load_svdquant(
@@ -50,7 +54,9 @@ def load_svdquant(
     device = comfy.model_management.get_torch_device()
     dtypes = pick_dtypes(checkpoint, settings, device)  # refuses before anything is read
     engine = Engine(settings.backend, compute=dtypes.compute)
-    model = read_model(checkpoint, engine, dtypes.storage, device)
+    model = read_model(
+        checkpoint, engine, dtypes.storage, device, keep_unpacked=settings.keep_unpacked
+    )
     patcher = comfy.sd.load_diffusion_model_state_dict(
         dict(model.state),
         model_options={
@@ -80,31 +86,64 @@ def load_svdquant(
 @dataclass
 class ReadModel:
     """A file's tensors under ComfyUI's names, quantised ones wrapped; samples: a weight of each
-    precision; weight_bytes: of all quantised weights; form: for people."""
+    precision; weight_bytes: of all quantised weights; form: for people; copy: what was said of its
+    unpacked copy."""
 
     state: dict[str, torch.Tensor] = field(default_factory=dict)
     samples: dict[str, QuantWeight] = field(default_factory=dict)
     weight_bytes: int = 0
     form: str = ""
+    copy: str = ""
 
 
 def read_model(
-    checkpoint: Checkpoint, engine: Engine, dtype: torch.dtype, device: torch.device
+    checkpoint: Checkpoint,
+    engine: Engine,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    keep_unpacked: bool = False,
 ) -> ReadModel:
-    """The whole file in memory, with a progress bar. Raises BackendError before much is read."""
+    """The whole file: mapped from its unpacked copy (made first if there is none), or in memory.
+
+    Raises BackendError before much is read.
+    """
+
+    def unpack() -> Iterator[Assembled]:
+        return unpacked(checkpoint, engine, dtype, device)
+
+    found = Found(None)
+    if keep_unpacked:
+        found = find_or_make(checkpoint, dtype, unpack)
+    model = ReadModel(copy=found.sentence)
+    for name, value in unpack() if found.state is None else found.state.items():
+        tensor = wrap(value, dtype) if isinstance(value, QuantWeight) else value
+        if is_quantised(tensor):
+            weight = unwrap(tensor)
+            check_backend(engine, weight, device)
+            model.weight_bytes += weight.num_bytes
+            model.samples.setdefault(weight.segments[0].facts.precision, weight)
+        model.state[name] = tensor
+    return model
+
+
+def unpacked(
+    checkpoint: Checkpoint, engine: Engine, dtype: torch.dtype, device: torch.device
+) -> Iterator[Assembled]:
+    """`assemble` with a progress bar, on a GPU that has room for it."""
     import comfy.utils
 
-    model = ReadModel()
     bar = comfy.utils.ProgressBar(len(checkpoint.layers) + len(checkpoint.dense))
-    for name, value in assemble(checkpoint, dtype):
+    unpack_on = CPU
+    if device.type == "cuda" and host.free_memory(device) >= UNPACKING_BYTES:
+        unpack_on = device
+    for name, value in assemble(checkpoint, dtype, unpack_on):
         if isinstance(value, QuantWeight):
             check_backend(engine, value, device)
-            model.weight_bytes += value.num_bytes
-            model.samples.setdefault(value.segments[0].facts.precision, value)
-            value = wrap(value, dtype)
-        model.state[name] = value
+        yield name, value
         bar.update(1)
-    return model
+    if unpack_on is not CPU:
+        host.release_cached_memory()
 
 
 def finish(patcher: Any, checkpoint: Checkpoint, engine: Engine, model: ReadModel) -> None:
@@ -114,11 +153,11 @@ def finish(patcher: Any, checkpoint: Checkpoint, engine: Engine, model: ReadMode
     check_names(checkpoint, patcher.model.diffusion_model, set(loaded))
     with_patcher(patcher)
     engine.compute = patcher.model.get_dtype_inference()
-    run.attach(patcher, technique_of(checkpoint, patcher, engine, model.weight_bytes))
+    run.attach(patcher, technique_of(checkpoint, patcher, engine, model))
 
 
 def technique_of(
-    checkpoint: Checkpoint, patcher: Any, engine: Engine, weight_bytes: int
+    checkpoint: Checkpoint, patcher: Any, engine: Engine, model: ReadModel
 ) -> SVDQuantTechnique:
     """What the report shows of this model."""
     layers = quantised_layers(patcher.model)
@@ -132,9 +171,10 @@ def technique_of(
         title=title,
         family=family,
         dialect=checkpoint.dialect,
-        weight_bytes=weight_bytes,
+        weight_bytes=model.weight_bytes,
         keys=tuple(f"{name}.weight" for name in layers),
         notes=tuple(variant_notes(checkpoint)),
+        copy=model.copy,
     )
     return SVDQuantTechnique(loaded, engine)
 
@@ -143,7 +183,8 @@ def notice_of(patcher: Any) -> str:
     """What the loader's node should show of a loaded model; "" for nothing."""
     technique = run.attached(patcher)[KEY]
     assert isinstance(technique, SVDQuantTechnique)
-    return "\n".join(technique.engine.notices)
+    found = (*technique.engine.notices, *technique.loaded.notes, technique.loaded.copy)
+    return "\n".join(sentence for sentence in found if sentence)
 
 
 def check_backend(engine: Engine, weight: QuantWeight, device: torch.device) -> None:
@@ -181,8 +222,6 @@ def check_names(checkpoint: Checkpoint, network: torch.nn.Module, given: set[str
         if hasattr(module, "has_bias"):
             wanted.add(f"{name}.weight")
             wanted |= {f"{name}.bias"} if module.has_bias else set()
-    parts = {f"{n}.weight_" for n, m in network.named_modules() if getattr(m, "quantised", False)}
-    wanted = {n for n in wanted if not any(n.startswith(part) for part in parts)}
     wanted, given = (_without_scales(checkpoint, names) for names in (wanted, given))
     missing, extra = wanted - given, given - wanted
     if checkpoint.family is CORE:

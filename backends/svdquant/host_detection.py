@@ -73,7 +73,7 @@ def outline(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """The model's tensors under ComfyUI's names, on the meta device; vectors with values."""
     return {
         name: _meta(*value.shape) if isinstance(value, QuantWeight) else value
-        for name, value in assemble(checkpoint, torch.float32, _Outliner)
+        for name, value in assemble(checkpoint, torch.float32, kind=_Outliner)
     }
 
 

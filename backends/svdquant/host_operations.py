@@ -108,13 +108,11 @@ def operations(engine: Engine, mixed: Any = None) -> type:
         def _save_to_state_dict(
             self, destination: dict[str, Any], prefix: str, keep_vars: bool
         ) -> None:
-            """With every part as a key of its own, so that sizes are counted in full."""
+            """The weight as it is: detaching would make another view of its bytes."""
             if not self.quantised:
                 super()._save_to_state_dict(destination, prefix, keep_vars)
                 return
             destination[f"{prefix}weight"] = self.weight
-            parts = self.weight.state_dict(f"{prefix}weight")
-            destination.update({k: v for k, v in parts.items() if k != f"{prefix}weight"})
             if self.bias is not None:
                 destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
 
@@ -122,14 +120,6 @@ def operations(engine: Engine, mixed: Any = None) -> type:
             if mixed is not None and not self.quantised:
                 return super().state_dict(*args, **kwargs)
             return torch.nn.Module.state_dict(self, *args, **kwargs)
-
-        def __getattr__(self, name: str) -> Any:
-            # core reads each key of the state dict back as an attribute (get_key_patches)
-            if name.startswith("weight_") and is_quantised(self._parameters.get("weight")):
-                part = getattr(self.weight._params, name.removeprefix("weight_"), None)
-                if part is not None:
-                    return part
-            return super().__getattr__(name)
 
         def _apply(self, fn: Any, recurse: bool = True) -> Any:
             if not self.quantised:

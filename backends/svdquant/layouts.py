@@ -11,16 +11,22 @@ GROUP = {"int4": 64, "nvfp4": 16, "awq": 64}
 TILE = 128  # rows of a file tile; N and K are multiples of it
 UNSIGNED_SHIFT = 0.171875  # minus the minimum of GELU: makes the input of an unsigned layer >= 0
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # value of an fp4 code; bit 3 is the sign
+_RUN = torch.complex128  # 16 bytes that stay together: copied as one element, on any device
+_PAIR = {2: torch.int32, 4: torch.int64}  # bytes of an element -> two of them as one
+_AWQ_BYTES = 786432  # unpacked at a time on a CPU: what lies between fits its cache
 
 
 # ---- 4-bit weights: file words (32 bit) are [N/128, K/64, c8, l8, q4, a2, b2] of 8 nibbles ----
 def weight_from_file(packed: torch.Tensor) -> torch.Tensor:
     """File qweight int8 [N, K/2] -> plain bytes [N, K/2], even column in the low nibble."""
     num_rows, num_bytes = packed.shape
-    words = packed.contiguous().view(torch.int32)
-    words = words.view(num_rows // TILE, num_bytes // 32, 8, 8, 4, 2, 2)
-    plain = words.permute(0, 2, 5, 3, 1, 6, 4).reshape(num_rows, num_bytes // 4)
-    return plain.view(torch.int8)
+    cells = packed.contiguous().view(torch.int32).view(-1, 4, 2, 2)
+    turned = cells.new_empty(cells.shape[0], 2, 2, 4)
+    for a in range(2):
+        for b in range(2):
+            turned[:, a, b] = cells[:, :, a, b]
+    runs = turned.view(-1).view(_RUN).view(num_rows // TILE, num_bytes // 32, 8, 8, 2, 2)
+    return runs.permute(0, 2, 4, 3, 1, 5).reshape(-1).view(torch.int8).view(num_rows, num_bytes)
 
 
 def weight_to_file(plain: torch.Tensor) -> torch.Tensor:
@@ -147,8 +153,10 @@ def plain_from_blocked(blocked: torch.Tensor) -> torch.Tensor:
 def down_from_file(packed: torch.Tensor) -> torch.Tensor:
     """lora_down [K, R] in file order -> plain order."""
     num_columns, rank = packed.shape
-    parts = packed.contiguous().view(num_columns // 16, rank // 16, 8, 4, 2, 2, 2)
-    return parts.permute(0, 5, 3, 6, 1, 4, 2).reshape(num_columns, rank)
+    turned = packed.reshape(-1, 8, 32).transpose(1, 2).contiguous()
+    runs = turned.view(-1).view(_RUN).view(num_columns // 16, rank // 16, 4, 2, 2, 2, -1)
+    plain = runs.permute(0, 4, 2, 5, 1, 3, 6).reshape(-1).view(packed.dtype)
+    return plain.view(num_columns, rank)
 
 
 def down_to_file(plain: torch.Tensor) -> torch.Tensor:
@@ -161,8 +169,13 @@ def down_to_file(plain: torch.Tensor) -> torch.Tensor:
 def up_from_file(packed: torch.Tensor) -> torch.Tensor:
     """lora_up [N, R] in file order -> plain order."""
     num_rows, rank = packed.shape
-    parts = packed.contiguous().view(num_rows // 16, rank // 16, 8, 4, 2, 2, 2)
-    return parts.permute(0, 4, 2, 1, 5, 3, 6).reshape(num_rows, rank)
+    pairs = packed.contiguous().view(-1).view(_PAIR[packed.element_size()]).view(-1, 4, 4)
+    turned = torch.empty_like(pairs)
+    for i3 in range(4):
+        turned[:, :, i3] = pairs[:, i3]
+    runs = turned.view(-1).view(_RUN).view(num_rows // 16, rank // 16, 8, 2, 2, -1)
+    plain = runs.permute(0, 3, 2, 1, 4, 5).reshape(-1).view(packed.dtype)
+    return plain.view(num_rows, rank)
 
 
 def up_to_file(plain: torch.Tensor) -> torch.Tensor:
@@ -175,11 +188,27 @@ def up_to_file(plain: torch.Tensor) -> torch.Tensor:
 # ---- modulation (AWQ): int16 halves [N/4, K/64, row4, block2, j8], nibble t holds k = 8t + j ----
 def awq_from_file(packed: torch.Tensor) -> torch.Tensor:
     """File qweight int32 [N/4, K/2] -> plain bytes [N, K/2] of codes 0..15."""
-    num_rows, num_columns = packed.shape[0] * 4, packed.shape[1] * 2
-    halves = packed.contiguous().view(torch.int16)
-    halves = halves.view(num_rows // 4, num_columns // 64, 4, 2, 8).permute(0, 2, 1, 3, 4)
-    nibbles = torch.stack([(halves >> shift) & 15 for shift in (0, 4, 8, 12)], -2)
-    return plain_from_codes(nibbles.reshape(num_rows, num_columns))
+    num_quads, num_columns = packed.shape[0], packed.shape[1] * 2
+    runs = torch.empty(num_quads, 4, num_columns // 64, 2, dtype=_RUN, device=packed.device)
+    step = num_quads
+    if packed.device.type == "cpu":
+        step = max(1, _AWQ_BYTES // (4 * packed.shape[1]))
+    for start in range(0, num_quads, step):
+        part = _awq_runs(packed[start : start + step].reshape(-1))
+        runs[start : start + step] = part.view(-1, num_columns // 64, 4, 2).permute(0, 2, 1, 3)
+    return runs.view(-1).view(torch.int8).view(num_quads * 4, num_columns // 2)
+
+
+def _awq_runs(words: torch.Tensor) -> torch.Tensor:
+    """Words (two halves each) -> runs of 16 bytes: the 32 codes of a block in order."""
+    low, high = words & 0x0F0F0F0F, (words >> 4) & 0x0F0F0F0F
+    low, high = ((t | (t >> 12)) & 0xFFFF for t in (low, high))
+    # byte of a word: the codes that its two halves hold in nibble 0, 2, 1, 3
+    taken = (low | (high << 16)).view(torch.uint8).view(-1, 4, 4)
+    turned = torch.empty_like(taken)
+    for byte, nibble in enumerate((0, 2, 1, 3)):
+        turned[:, nibble] = taken[:, :, byte]
+    return turned.view(-1).view(_RUN)
 
 
 def awq_to_file(plain: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """One quantised layer of a file as a Segment in plain order, its values checked."""
 
+import logging
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +12,10 @@ from .dialects import Checkpoint
 from .errors import CheckpointError
 from .families import Block
 from .file_layers import KITCHEN, N1, N2, FileLayer
-from .weight import Facts, Segment
+from .weight import PARTS, Facts, Segment
+
+log = logging.getLogger("slipstream")
+CPU = torch.device("cpu")
 
 FILE_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}  # of Checkpoint.dtype
 _EMPTY_RANK = 16  # kernels want a low-rank branch: a layer without one gets zeros
@@ -19,13 +24,17 @@ WithBias = tuple[Segment, "torch.Tensor | None"]
 
 
 class SegmentReader:
-    """Reads tensors of an open safetensors file; 16-bit ones are cast to `dtype`.
+    """Reads tensors of an open safetensors file into CPU memory; 16-bit ones are cast to `dtype`.
 
+    device: where quantised layers are unpacked, one at a time; when a GPU has no memory left for
+    one, it and all after it are unpacked on the CPU.
     Raises CheckpointError for values that no model has: NaN, infinity, smoothing by zero.
     """
 
-    def __init__(self, checkpoint: Checkpoint, file: Any, dtype: torch.dtype):
-        self.checkpoint, self.file, self.dtype = checkpoint, file, dtype
+    def __init__(
+        self, checkpoint: Checkpoint, file: Any, dtype: torch.dtype, device: torch.device = CPU
+    ):
+        self.checkpoint, self.file, self.dtype, self.device = checkpoint, file, dtype, device
 
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor that is not quantised, by its name without prefix."""
@@ -43,6 +52,15 @@ class SegmentReader:
     def segment(self, layer: FileLayer, *, unsigned: bool, chunks: int) -> WithBias:
         """The whole layer and its bias. unsigned: by topology, if the file does not say it;
         chunks: of a modulation layer, whose rows and bias come in ComfyUI's order."""
+        if self.device.type != "cpu":
+            try:
+                return _on_cpu(self._segment(layer, unsigned=unsigned, chunks=chunks))
+            except torch.cuda.OutOfMemoryError:
+                log.info("SVDQuant: no GPU memory is left to unpack in, the CPU goes on")
+                self.device = CPU
+        return self._segment(layer, unsigned=unsigned, chunks=chunks)
+
+    def _segment(self, layer: FileLayer, *, unsigned: bool, chunks: int) -> WithBias:
         is_native = self.checkpoint.dialect == KITCHEN
         if layer.precision == "awq":
             # only Nunchaku's own files interleave modulation rows and add 1 to the scales
@@ -64,7 +82,7 @@ class SegmentReader:
         return CheckpointError(f"{file}: {name} {what}. The file is damaged: download it again.")
 
     def _part(self, layer: FileLayer, part: str) -> torch.Tensor:
-        tensor = self.file.get_tensor(layer.parts[part])
+        tensor = self.file.get_tensor(layer.parts[part]).to(self.device)
         if tensor.is_floating_point() and not _finite(tensor):
             raise self.bad(layer.name, f"has NaN or infinite values in {layer.parts[part]}")
         return tensor
@@ -96,14 +114,14 @@ class SegmentReader:
             down = narrowed(layouts.down_from_file(self._part(layer, "down")), self.dtype)
             up = narrowed(layouts.up_from_file(self._part(layer, "up")), self.dtype)
         else:
-            down = torch.zeros(layer.num_columns, _EMPTY_RANK, dtype=self.dtype)
-            up = torch.zeros(layer.num_rows, _EMPTY_RANK, dtype=self.dtype)
+            down = q.new_zeros(layer.num_columns, _EMPTY_RANK, dtype=self.dtype)
+            up = q.new_zeros(layer.num_rows, _EMPTY_RANK, dtype=self.dtype)
         smooth = self._smooth(layer, layouts.vector_from_file(self._part(layer, "smooth")))
         return Segment(facts, q, scale, smooth, down, up, rows), self._bias(layer, packed=True)
 
     def _row_factors(self, layer: FileLayer) -> torch.Tensor:
         """wtscale times wcscales per row, fp32; what the file lacks counts as 1."""
-        rows = torch.ones(layer.num_rows)
+        rows = torch.ones(layer.num_rows, device=self.device)
         if "rows" in layer.parts:
             rows = layouts.vector_from_file(self._part(layer, "rows").float())
         if "tensor" in layer.parts:
@@ -157,7 +175,17 @@ def _modulation_bias(bias: torch.Tensor | None, chunks: int) -> torch.Tensor | N
 def _finite(tensor: torch.Tensor) -> bool:
     if tensor.element_size() == 1:  # float8_e4m3fn: seven ones are NaN, there is no infinity
         return not bool(((tensor.view(torch.uint8) & 0x7F) == 0x7F).any())
-    return bool(torch.isfinite(tensor).all())
+    if not tensor.numel():
+        return True
+    low, high = tensor.aminmax()  # NaN if there is one
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def _on_cpu(read: WithBias) -> WithBias:
+    segment, bias = read
+    parts = {part: getattr(segment, part) for part in PARTS}
+    moved = {part: tensor.cpu() for part, tensor in parts.items() if tensor is not None}
+    return replace(segment, **moved), None if bias is None else bias.cpu()
 
 
 def unsigned_by_topology(checkpoint: Checkpoint) -> dict[str, bool]:

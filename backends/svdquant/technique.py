@@ -20,7 +20,7 @@ KEY = "svdquant"
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
     """Facts of a loaded file. keys: the patch keys of its quantised weights, layer by layer;
-    notes: sentences for every report."""
+    notes: sentences for every report; copy: where its unpacked copy is, or why there is none."""
 
     title: str
     family: str
@@ -28,6 +28,7 @@ class Loaded:
     weight_bytes: int
     keys: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    copy: str = ""
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class SVDQuantState:
                 "layers": len(self.loaded.keys),
                 "weight_bytes": self.loaded.weight_bytes,
                 "lora_layers": self.num_lora,
+                "copy": self.loaded.copy,
                 "reasons": reasons,
             },
             lines=self.lines(counts),
@@ -91,8 +93,9 @@ class SVDQuantState:
         )
         if self.num_lora:
             head += f", LoRA on {self.num_lora}"
+        copy = (f"SVDQuant: {self.loaded.copy}",) if self.loaded.copy else ()
         reasons = (f"SVDQuant {kernel}: {why}" for kernel, why in self.engine.reasons.items())
-        return (*self.engine.notices, head, *reasons)
+        return (*self.engine.notices, head, *copy, *reasons)
 
     def close(self) -> None:
         self.session.clear()

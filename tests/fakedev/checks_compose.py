@@ -5,6 +5,7 @@ import logging
 from dataclasses import replace
 
 import comfy.model_management as management
+import fake_vbar
 import pytest
 import svdquant_models
 from fake_models import blocks, load, sample
@@ -14,7 +15,9 @@ from slipstream.backends.cache.config import CacheConfig
 from slipstream.backends.memory import host as memory
 from slipstream.backends.offload import budget, host
 from slipstream.backends.offload.config import GIB, OffloadConfig, OffloadError
+from slipstream.backends.svdquant import host_cache
 from slipstream.backends.svdquant.host import load_svdquant
+from slipstream.backends.svdquant.host_patcher import quantised_layers
 from slipstream.parallel.runs import RunFacts, config_fields
 from slipstream.parallel.worker import LoadedModel
 
@@ -209,14 +212,23 @@ def test_every_worker_gets_the_same_budget(env):
     run.close()
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5])
-def test_svdquant_weights_stream(env, tmp_path, share):
-    """4-bit layers of ours: weights of several tensors, and their own patcher class."""
+@pytest.mark.parametrize(("share", "keep"), [(0.0, False), (0.0, True), (0.5, True)])
+def test_svdquant_weights_stream(env, tmp_path, monkeypatch, share, keep):
+    """4-bit layers of ours, in memory or mapped from their unpacked copy; their own patcher."""
+    monkeypatch.setattr(host_cache, "cache_folder", lambda: tmp_path / "copies")
+    monkeypatch.setattr(host_cache, "SMALLEST_BYTES", 0)
+    monkeypatch.setattr(host_cache, "KEPT_FREE_BYTES", 0)
     file = tmp_path / "flux.safetensors"
     sizes = {"depth": 2, "single": 3, "context": 768, "vec": 768}
     svdquant_models.write(file, "flux", "nunchaku-1", **sizes)
-    model = load_svdquant(str(file), {"backend": "dequant", "dtype": "fp32"})
-    full = sample(model, "flux")
+    config = {"backend": "dequant", "dtype": "fp32"}
+    full = sample(load_svdquant(str(file), {**config, "keep_unpacked": False}), "flux")
+    env.end_node()
+    model = load_svdquant(str(file), {**config, "keep_unpacked": keep})
+    before = {path: path.read_bytes() for path in tmp_path.glob("copies/*.safetensors")}
+    assert len(before) == keep
+    fake_vbar.FakeModelMMAP.reads.clear()
+    assert sample(model, "flux").equal(full)
     env.end_node()
     for prefetch in (-1, 0):
         budgeted = offloaded(model, share, prefetch)
@@ -224,3 +236,7 @@ def test_svdquant_weights_stream(env, tmp_path, share):
         assert (report(budgeted)["offload"]["block_copies"] > 0) == (prefetch == 0)
         env.end_node()
     assert leftovers(model) == NOTHING
+    assert {path: path.read_bytes() for path in tmp_path.glob("copies/*.safetensors")} == before
+    if env.manager == "dynamic" and keep:  # a layer is one slice of the file
+        layers = {m.weight._qdata.nbytes for m in quantised_layers(model.model).values()}
+        assert layers <= set(fake_vbar.FakeModelMMAP.reads)

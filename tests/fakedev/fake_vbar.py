@@ -9,10 +9,14 @@ they took is missed by the next page only.
 """
 
 import contextlib
+import ctypes
+import mmap
+import os
 import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import numpy
 import torch
 
 PAGE = 64 * 1024
@@ -179,11 +183,45 @@ class FakeStream:
         return contextlib.nullcontext()
 
 
+class FakeModelMMAP:
+    """A mapping that cannot be written to, and the file that streams read their slices from."""
+
+    reads: ClassVar[list[int]] = []  # bytes of each slice that was read into device memory
+
+    def __init__(self, path: str):
+        self.file = os.open(path, os.O_RDONLY)
+        self.mapping = mmap.mmap(self.file, 0, access=mmap.ACCESS_READ)
+        self.address = numpy.frombuffer(self.mapping, numpy.uint8).ctypes.data
+
+    def get(self) -> int:
+        return self.address
+
+    def get_file_handle(self) -> int:
+        return self.file
+
+    def bounce(self) -> bool:
+        return True
+
+    def __del__(self) -> None:
+        os.close(self.file)
+
+
+def read_file_to_device(
+    file: int, offset: int, size: int, stream: int, address: int, device: int, mark_cold: bool
+) -> None:
+    """The fake device's memory is RAM."""
+    content = os.pread(file, size, offset)
+    assert len(content) == size
+    ctypes.memmove(address, content, size)
+    FakeModelMMAP.reads.append(size)
+
+
 def install(device: torch.device) -> None:
     """Replace comfy-aimdo and the offload streams; `FakeVBAR.made` has the live VBARs."""
     import comfy.cli_args
     import comfy.model_management as management
     import comfy_aimdo.host_buffer
+    import comfy_aimdo.model_mmap
     import comfy_aimdo.model_vbar as model_vbar
     import comfy_aimdo.torch
     import comfy_aimdo.vram_buffer
@@ -195,6 +233,8 @@ def install(device: torch.device) -> None:
     model_vbar.vbar_signature_compare = lambda a, b: a is not None and a == b
     model_vbar.vbars_analyze = lambda device=None: sum(v.loaded_size() for v in FakeVBAR.made)
     model_vbar.vbars_reset_watermark_limits = lambda: None
+    comfy_aimdo.model_mmap.ModelMMAP = FakeModelMMAP
+    comfy_aimdo.host_buffer.read_file_to_device = read_file_to_device
     comfy_aimdo.host_buffer.HostBuffer = FakeHostBuffer
     comfy_aimdo.vram_buffer.VRAMBuffer = FakeCastBuffer
     comfy_aimdo.torch.aimdo_to_tensor = lambda alloc, device: alloc[0].tensor(*alloc[1:])

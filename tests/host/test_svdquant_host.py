@@ -16,6 +16,7 @@ from slipstream.backends.svdquant.header import read_header
 from slipstream.backends.svdquant.host import load_svdquant
 from slipstream.backends.svdquant.host_patcher import quantised_layers
 from slipstream.backends.svdquant.layout import FrozenWeightError, unwrap, wrap
+from slipstream.backends.svdquant.weight import PARTS
 from svdquant_networks import (
     CPU,
     SIZES,
@@ -73,7 +74,9 @@ def test_samples_match_the_dense_model(family, dialect, precision, files):
     four_bit = rel(sample(quantised_model(family, path, "reference"), family), wanted)
     assert 1e-3 < four_bit < FOUR_BIT[family]
     layers = quantised_layers(exact.model).values()
-    next(m for m in layers if m.weight._params.smooth0 is not None).weight._params.smooth0.mul_(1.5)
+    segments = (unwrap(m.weight).segments[0] for m in layers)
+    smooth = next(segment.smooth for segment in segments if segment.smooth is not None)
+    smooth.mul_(1.5)
     assert rel(sample(exact, family), wanted) > 1e-4
 
 
@@ -94,6 +97,7 @@ def test_kitchen_in_16_bits_and_the_report(family, files):
             unwrap(m.weight).num_bytes for m in quantised_layers(model.model).values()
         ),
         "lora_layers": 0,
+        "copy": "",
         "reasons": {},
     }
 
@@ -164,6 +168,36 @@ def test_sizes_are_counted_in_loaded_flux_output(files):
     bias = module.bias.numel() * module.bias.element_size()
     counted = comfy.model_management.module_size(module)
     assert counted == unwrap(module.weight).num_bytes + bias, name
+
+
+def test_low_vram_pins_whole_layers(files, monkeypatch):
+    """Core registers one range per weight; what lies outside of it is copied as pageable memory."""
+    import comfy.model_management as management
+
+    pinned = {}
+
+    class Runtime:
+        def cudaHostRegister(self, address, size, flags):
+            pinned[address] = size
+            return 0
+
+        def cudaHostUnregister(self, address):
+            return 0
+
+    monkeypatch.setattr(management, "MAX_PINNED_MEMORY", 2**40)
+    monkeypatch.setattr(management, "PINNED_MEMORY", {})
+    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    model = load_svdquant(str(files("flux", "nunchaku-1")[0]))
+    for name, module in quantised_layers(model.model).items():
+        model.pin_weight_to_device(f"{name}.weight")
+        (address, size) = pinned.popitem()
+        assert not pinned
+        for segment in unwrap(module.weight).segments:
+            for part in (t for p in PARTS if (t := getattr(segment, p)) is not None):
+                assert address <= part.data_ptr()
+                assert part.data_ptr() + part.nbytes <= address + size, name
+    model.unpin_all_weights()
+    assert not management.PINNED_MEMORY
 
 
 def test_weights_cannot_be_changed_in_place(files):

@@ -48,6 +48,7 @@ HOSTS = {
     "backends/memory/host.py",
     "backends/offload/host.py",
     "backends/svdquant/host.py",
+    "backends/svdquant/host_cache.py",
     "backends/svdquant/host_detection.py",
     "backends/svdquant/host_dtype.py",
     "backends/svdquant/host_files.py",

@@ -14,7 +14,7 @@ import svdquant_models
 import torch
 from slipstream.backends import run as runs
 from slipstream.backends.svdquant import host, host_cache
-from slipstream.backends.svdquant.host import copy_sentence, load_svdquant
+from slipstream.backends.svdquant.host import load_svdquant, notice_of
 from slipstream.backends.svdquant.host_patcher import quantised_layers
 from slipstream.bench import svdquant_cache, svdquant_load
 from svdquant_networks import FLUX, loaded_flux_output, sample
@@ -77,18 +77,18 @@ def is_mapped(model, folder):
 def test_a_step_is_the_same_without_with_a_new_and_with_an_old_copy(source, folder):
     off = load(source, keep_unpacked=False)
     assert not names(folder)
-    assert copy_sentence(off) == ""
+    assert notice_of(off) == ""
     wanted = sample(off, "flux")
     first = load(source)
     (name,) = copies(folder)
     size = (folder / name).stat().st_size
-    assert copy_sentence(first) == (
+    assert notice_of(first) == (
         f"made a {size / 1e6:.1f} MB copy for fast loading in slipstream_cache; "
         "off by the widget keep_unpacked"
     )
     stamp = (folder / name).stat()
     second = load(source)
-    assert copy_sentence(second) == (
+    assert notice_of(second) == (
         f"opened from its {size / 1e6:.1f} MB copy for fast loading in slipstream_cache; "
         "off by the widget keep_unpacked"
     )
@@ -99,9 +99,9 @@ def test_a_step_is_the_same_without_with_a_new_and_with_an_old_copy(source, fold
     after = (folder / name).stat()
     assert (after.st_ino, after.st_mtime_ns) == (stamp.st_ino, stamp.st_mtime_ns)
     section = runs.run_log(second).latest().to_json()["svdquant"]
-    assert section["copy"] == copy_sentence(second)
+    assert section["copy"] == notice_of(second)
     text = runs.run_log(second).latest().to_text()
-    assert f"SVDQuant: {copy_sentence(second)}" in text.splitlines()
+    assert f"SVDQuant: {notice_of(second)}" in text.splitlines()
     assert names(folder) == [".lock", name]
 
 
@@ -162,10 +162,10 @@ def test_a_damaged_copy_is_made_again(source, folder, caplog, damage):
     with caplog.at_level("INFO", logger="slipstream"):
         model = load(source)
     assert "is made again" in caplog.text
-    assert copy_sentence(model).startswith("made a ")
+    assert notice_of(model).startswith("made a ")
     assert torch.equal(sample(model, "flux"), wanted)
     assert path.stat().st_size == len(whole)
-    assert copy_sentence(load(source)).startswith("opened")
+    assert notice_of(load(source)).startswith("opened")
 
 
 def test_a_replaced_source_replaces_its_copy_also_under_a_loaded_model(source, made, folder):
@@ -175,7 +175,7 @@ def test_a_replaced_source_replaces_its_copy_also_under_a_loaded_model(source, m
     os.utime(source, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert source.stat().st_size == stat.st_size
     new = load(source)
-    assert copy_sentence(new).startswith("made a ")
+    assert notice_of(new).startswith("made a ")
     assert len(copies(folder)) == 1
     after = sample(new, "flux")
     assert torch.equal(after, sample(load(source, keep_unpacked=False), "flux"))
@@ -188,7 +188,7 @@ def test_the_folder_may_go_while_the_model_is_loaded(source, folder):
     wanted = sample(model, "flux")
     shutil.rmtree(folder)
     assert torch.equal(sample(model, "flux"), wanted)
-    assert copy_sentence(load(source)).startswith("made a ")
+    assert notice_of(load(source)).startswith("made a ")
 
 
 def test_what_cannot_be_written_is_said_and_the_load_goes_on(source, folder, monkeypatch):
@@ -196,14 +196,14 @@ def test_what_cannot_be_written_is_said_and_the_load_goes_on(source, folder, mon
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.write_text("a file where the folder should be")
     model = load(source)
-    assert "loaded without a copy for fast loading: " in copy_sentence(model)
-    assert "cannot be written" in copy_sentence(model)
+    assert "loaded without a copy for fast loading: " in notice_of(model)
+    assert "cannot be written" in notice_of(model)
     assert torch.equal(sample(model, "flux"), wanted)
     folder.unlink()
     monkeypatch.setattr(host_cache, "KEPT_FREE_BYTES", 2**62)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 91, 9))
     model = load(source)
-    assert "are left alone. Free some, or move slipstream_cache" in copy_sentence(model)
+    assert "are left alone. Free some, or move slipstream_cache" in notice_of(model)
     assert names(folder) == [".lock"]
     assert torch.equal(sample(model, "flux"), wanted)
 
@@ -221,7 +221,7 @@ def test_a_disk_that_fills_up_leaves_nothing(source, folder, monkeypatch):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, ignored)
-    assert "cannot be written (File too large)" in copy_sentence(model)
+    assert "cannot be written (File too large)" in notice_of(model)
     assert names(folder) == [".lock"]
     assert torch.equal(sample(model, "flux"), wanted)
 
@@ -246,7 +246,7 @@ def test_a_cancelled_load_leaves_nothing_and_the_next_one_works(source, folder, 
     assert any(name.endswith(".part") for name in seen[-1])
     assert names(folder) == [".lock"]
     monkeypatch.setattr(host, "assemble", assemble)
-    assert copy_sentence(load(source)).startswith("made a ")
+    assert notice_of(load(source)).startswith("made a ")
 
 
 def test_while_another_process_writes_this_one_goes_on(source, folder):
@@ -254,9 +254,9 @@ def test_while_another_process_writes_this_one_goes_on(source, folder):
     with host_cache._writing(folder) as is_ours:
         assert is_ours
         model = load(source)
-    assert "another process is writing one" in copy_sentence(model)
+    assert "another process is writing one" in notice_of(model)
     assert not copies(folder)
-    assert copy_sentence(load(source)).startswith("made a ")
+    assert notice_of(load(source)).startswith("made a ")
 
 
 def test_a_copy_goes_with_its_source_and_what_is_not_ours_stays(source, folder, tmp_path):
@@ -309,7 +309,7 @@ with torch.no_grad():
     out = model.model.diffusion_model(
         x, torch.tensor([0.7]), context=c, y=y, guidance=torch.tensor([3.5]))
 torch.save(out.float(), sys.argv[4])
-print(host.copy_sentence(model))
+print(host.notice_of(model))
 """
 
 
@@ -329,7 +329,7 @@ def test_a_killed_writer_leaves_nothing_that_stays(source, folder):
     assert [name for name in names(folder) if name.endswith(".part")]
     wanted = loaded_flux_output(load(source, keep_unpacked=False))
     model = load(source)
-    assert copy_sentence(model).startswith("made a ")
+    assert notice_of(model).startswith("made a ")
     assert not [name for name in names(folder) if name.endswith(".part")]
     assert torch.equal(loaded_flux_output(model), wanted)
 
@@ -363,7 +363,7 @@ def test_small_files_and_switched_off_leave_no_trace(source, folder, monkeypatch
     load(source, keep_unpacked=False)
     monkeypatch.setattr(host_cache, "SMALLEST_BYTES", source.stat().st_size + 1)
     model = load(source)
-    assert copy_sentence(model) == ""
+    assert notice_of(model) == ""
     assert not folder.exists()
 
 

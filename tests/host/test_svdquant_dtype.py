@@ -11,12 +11,15 @@ import pytest
 import svdquant_models
 import svdquant_wide
 import torch
+from slipstream.backends.svdquant import host as loader
 from slipstream.backends.svdquant.config import DTYPES, SVDQuantConfig
 from slipstream.backends.svdquant.dialects import detect
 from slipstream.backends.svdquant.header import read_header
 from slipstream.backends.svdquant.host import load_svdquant
-from slipstream.backends.svdquant.host_dtype import outline, pick_dtypes
+from slipstream.backends.svdquant.host_detection import outline
+from slipstream.backends.svdquant.host_dtype import pick_dtypes
 from slipstream.backends.svdquant.host_patcher import quantised_layers
+from slipstream.backends.svdquant.layout import unwrap
 from svdquant_networks import SIZES
 
 pytestmark = pytest.mark.usefixtures("comfy")
@@ -191,6 +194,12 @@ def test_the_widget_is_what_comfyui_makes_of_it(widget, name, files, card, monke
         assert computed == wanted, family
 
 
+@pytest.fixture(autouse=True)
+def unpack_on_the_cpu(monkeypatch):
+    """A faked card holds no tensors: it has no room to unpack on."""
+    monkeypatch.setattr(loader, "UNPACKING_BYTES", 1 << 62)
+
+
 @pytest.fixture(scope="module")
 def flux(tmp_path_factory):
     path = tmp_path_factory.mktemp("dtype") / "flux.safetensors"
@@ -218,7 +227,8 @@ def test_a_loaded_model_is_stored_and_computes_so(name, widget, storage, compute
         model = load_svdquant(flux, config, disable_dynamic)
         assert model.model.get_dtype_inference() == compute
         weights = [layer.weight for layer in quantised_layers(model.model).values()]
-        assert {weight._params.scale.dtype for weight in weights} == {storage}
+        segments = [segment for weight in weights for segment in unwrap(weight).segments]
+        assert {segment.scale.dtype for segment in segments} == {storage}
         assert {weight.dtype for weight in weights} == {storage}
 
 

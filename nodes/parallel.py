@@ -61,6 +61,14 @@ class SlipstreamSequenceParallel(io.ComfyNode):
                     ),
                 ),
                 io.Int.Input(
+                    "batch", default=0, min=0, max=MAX_WORKERS, optional=True, advanced=True,
+                    tooltip=(
+                        "Images of a batch (and prompts that ComfyUI merges) on so many groups of "
+                        "processes; needs no exchange inside a step. 0: as many as there are rows, "
+                        "before tokens are shared. 1: never."
+                    ),
+                ),
+                io.Int.Input(
                     "timeout_s", default=60, min=1, max=86400, optional=True, advanced=True,
                     tooltip=(
                         "Longest wait for a process at one exchange, in seconds; then the run "
@@ -89,9 +97,10 @@ class SlipstreamSequenceParallel(io.ComfyNode):
         cfg: int = 0,
         timeout_s: int = 60,
         idle_s: int = 900,
+        batch: int = 0,
     ) -> io.NodeOutput:
         config = SequenceParallelConfig(
             workers=workers, devices=devices, ulysses=ulysses, ring=ring, cfg=cfg,
-            timeout_s=timeout_s, idle_s=idle_s,
+            batch=batch, timeout_s=timeout_s, idle_s=idle_s,
         )  # fmt: skip
         return io.NodeOutput(apply_parallel(model, config))

@@ -19,11 +19,11 @@ from .attention import SharedAttention, options_of_part
 from .bind import Bound, bind
 from .bundle import receive_bundle
 from .channel import Channel, ChannelClosed
-from .comm import Clock, TransportError
+from .comm import Clock, Group, StopWatch, TransportError
 from .control import local_control
 from .engine import Call, EarlyExit
 from .hooks import installed
-from .mesh import Layout, Links, Mesh
+from .mesh import Layout, Links
 from .messages import (
     ERROR,
     MEMORY,
@@ -51,6 +51,7 @@ from .wire import Meta, decode, encode
 
 OVERRIDE = "optimized_attention_override"
 _START_S = 120
+_HAND_BACK_S = 86400  # rank 0 closes its groups before that if it will not take the output
 
 
 class Model(Protocol):
@@ -90,7 +91,7 @@ class Server:
         self._epoch = 0
         self._bound: dict[tuple[int, int], Bound] = {}
         self._run: WorkerRun | None = None
-        self._mesh: Mesh | None = None  # of the latest call
+        self._entry: Group | None = None  # of the latest call: rank 0 and this lane
         self._decisions: list[bool] = []
         self._has_worked = False
 
@@ -179,8 +180,8 @@ class Server:
         if message.epoch != self._epoch:
             self._drop_links()
             self._epoch = message.epoch
-        cfg, ulysses, ring = message.layout
-        layout = Layout(cfg=cfg, ulysses=ulysses, ring=ring)
+        batch, cfg, ulysses, ring = message.layout
+        layout = Layout(batch=batch, cfg=cfg, ulysses=ulysses, ring=ring)
         self._links[message.name] = Links(
             layout, message.process, dist.FileStore(message.store, layout.world),
             name=message.name, backend=message.backend, timeout_s=message.timeout_s,
@@ -204,8 +205,8 @@ class Server:
         links = self._links.get(message.groups)
         if links is None:
             raise TransportError(f"no groups {message.groups}")
-        group = links.entry(links.layout.branch(links.process))
-        tensors = receive_bundle(group, [Meta.from_json(m) for m in message.metas])
+        self._entry = links.entry(links.own_lane)
+        tensors = receive_bundle(self._entry, [Meta.from_json(m) for m in message.metas])
         model = self.models[message.key]
         call = NetworkCall.decode(message.arguments, tensors, self.device)
         facts = CallFacts(**decode(message.call, []))
@@ -213,16 +214,17 @@ class Server:
         run = self._run
         assert run is not None, "Ready comes first"
         assert run.id == facts.run
-        self._mesh = links.mesh
         forward = self._part(model.network, message.method, links)
+        clock = StopWatch(self.device if message.is_timed else None)
         out = run.call(facts, model.network, call, forward)
-        is_leader = links.layout.branch(links.process) > 0 and links.layout.rank(links.process) == 0
-        if not is_leader:
+        seconds = clock.seconds()
+        if links.own_lane == 0 or links.layout.rank(links.process) > 0:
             return None, []
         output: list[torch.Tensor] = []
         encoded = encode(out, output)
         output = [t.to(self.device).contiguous() for t in output]
-        return {"out": encoded, "metas": [Meta.of(t).to_json() for t in output]}, output
+        metas = [Meta.of(t).to_json() for t in output]
+        return {"out": encoded, "metas": metas, "seconds": seconds}, output
 
     def _part(self, network: torch.nn.Module, method: str, links: Links) -> Callable[..., Any]:
         """This rank's part of network.method, to be run inside the techniques' wrappers."""
@@ -262,10 +264,9 @@ class Server:
         """Rank 0's decision of a block cache: known before the call, or sent within it."""
         if self._decisions:
             return self._decisions.pop(0)
-        if self._mesh is None:
-            return reuse
+        assert self._entry is not None
         flag = torch.zeros(1, dtype=torch.uint8, device=self.device)
-        self._mesh.main.broadcast(flag, root=0)
+        self._entry.broadcast(flag, root=0)
         return bool(flag.item())
 
     def _end_run(self) -> None:
@@ -274,14 +275,16 @@ class Server:
             run.close()
 
     def _hand_back(self, message: Message, output: list[torch.Tensor]) -> None:
-        """Send a branch's output to rank 0. A failure is rank 0's to notice."""
+        """Send a lane's output to rank 0, which may still be at its own part.
+
+        A failure is rank 0's to notice.
+        """
         if not isinstance(message, Forward):
             return
         links = self._links[message.groups]
         try:
             for tensor in output:
-                assert links.relay is not None
-                links.relay.send(tensor, to=0)
+                links.entry(links.own_lane).send(tensor, to=0, patience_s=_HAND_BACK_S)
         except TransportError:
             self._drop_links()
 

@@ -37,8 +37,10 @@ class BeginAgain(Exception):  # noqa: N818 - no error
 class Shared:
     """A MODEL that workers can have.
 
-    meanwhile: raises when the user interrupts; memory_bytes: of a call on a latent of a shape;
-    busy_devices: those that this process's own models use.
+    plan: None where tokens cannot be shared, which `no_plan` says; one_lane: the sentence for a
+    network whose rows are shared by nobody, or ""; meanwhile: raises when the user interrupts;
+    memory_bytes: of a call on a latent of a shape; busy_devices: those that this process's own
+    models use.
     """
 
     pool: Pool
@@ -47,12 +49,14 @@ class Shared:
     setting: Setting
     model: Model
     network: torch.nn.Module
-    plan: TokenPlan
+    plan: TokenPlan | None
     num_heads: int | None
     techniques: dict[str, dict[str, Any]]
     meanwhile: Callable[[], None]
     memory_bytes: Callable[[Sequence[int]], int]
     busy_devices: Callable[[], Sequence[str]] = tuple
+    no_plan: str = ""
+    one_lane: str = ""
 
     def refusal(self, network: torch.nn.Module, options: Mapping[str, Any]) -> str | None:
         """Why no call of `network` with these transformer_options can be shared, or None."""

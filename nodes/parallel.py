@@ -61,14 +61,6 @@ class SlipstreamSequenceParallel(io.ComfyNode):
                     ),
                 ),
                 io.Int.Input(
-                    "batch", default=0, min=0, max=MAX_WORKERS, optional=True, advanced=True,
-                    tooltip=(
-                        "Images of a batch (and prompts that ComfyUI merges) on so many groups of "
-                        "processes; needs no exchange inside a step. 0: as many as there are rows, "
-                        "before tokens are shared. 1: never."
-                    ),
-                ),
-                io.Int.Input(
                     "timeout_s", default=60, min=1, max=86400, optional=True, advanced=True,
                     tooltip=(
                         "Longest wait for a process at one exchange, in seconds; then the run "
@@ -80,6 +72,14 @@ class SlipstreamSequenceParallel(io.ComfyNode):
                     tooltip=(
                         "Unused processes end after so many seconds and free their memory; the "
                         "next prompt starts them again (some seconds). 0: never."
+                    ),
+                ),
+                io.Int.Input(
+                    "batch", default=0, min=0, max=MAX_WORKERS, optional=True, advanced=True,
+                    tooltip=(
+                        "Images of a batch (and prompts that ComfyUI merges) on so many groups of "
+                        "processes; needs no exchange inside a step. 0: as many as there are rows, "
+                        "before tokens are shared. 1: never."
                     ),
                 ),
             ],

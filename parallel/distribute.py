@@ -33,7 +33,7 @@ from .shared import OVERRIDE, Alone, Shared
 from .wire import Meta, Unsupported, encode
 
 _DROPPED = ("wrappers", "callbacks", OVERRIDE, "patches", "patches_replace")
-_NUM_TIMED = 2  # calls of a run under a layout; the first one warms up
+_TIMED = range(1, 3)  # calls of a run under a layout: the first one warms up
 _FORGIVEN = 0.5  # of the time that a lane without rows was known for, at each run: then it is tried
 
 Executor = Callable[..., Any]
@@ -62,7 +62,7 @@ class Timed:
 
 @dataclass
 class Lane:
-    """A lane in the report: its devices, the rows of its latest part, seconds for one (if known)."""
+    """A lane in the report: its devices, the rows of its latest part, seconds for one if known."""
 
     devices: tuple[str, ...]
     num_rows: int
@@ -81,7 +81,7 @@ class Done:
 
 @dataclass
 class _Times:
-    """Seconds for a row of each lane under one layout, in this run. num_calls: that were timed."""
+    """Seconds for a row of each lane under one layout, in this run. num_calls: so far."""
 
     row_s: list[float | None]
     num_calls: int = 0
@@ -146,10 +146,10 @@ class Distributor:
                     batch.cut_options(call.options, num_rows, start, length),
                 )
             found.append(self._encoded(Part(lanes[number], length, part), layout))
-        if len(found) == 1 and layout.ranks == 1 and not branch:
-            raise Alone("the other devices are so slow that they would get no row")
         if layout.batch > 1:
             self._note(layout, branch, counts)
+            if len(found) == 1 and layout.world == layout.batch:
+                raise Alone("the other devices are so slow that they would get no row")
         return found
 
     def _encoded(self, part: Part, layout: Layout) -> Part:
@@ -191,7 +191,8 @@ class Distributor:
             assert baton is not None
             return Done(self._remote(links, parts, method, baton))
         times = self._times.setdefault(layout, _Times([None] * layout.batch))
-        is_timed = layout.batch > 1 and times.num_calls < _NUM_TIMED
+        is_timed = layout.batch > 1 and times.num_calls in _TIMED
+        times.num_calls += 1
         meter = Meter(links.clock) if is_judged and links.mesh is not None else None
         now = parts[0].call.options[CALL]
         now.num_ranks = layout.batch * layout.ranks
@@ -223,7 +224,7 @@ class Distributor:
             seconds = [own_s, *(s for _, s in remote)]
             self._measured(layout, parts, seconds)
             total_s, num_rows = whole.seconds() or 0.0, sum(part.num_rows for part in parts)
-            if times.num_calls == _NUM_TIMED:
+            if times.num_calls == _TIMED.stop:
                 done.timed = Timed(total_s, own_s or 0.0, num_rows, parts[0].num_rows)
         return done
 
@@ -298,7 +299,6 @@ class Distributor:
     ) -> None:
         """Remember how fast each lane is, for later calls and runs."""
         times = self._times[layout]
-        times.num_calls += 1
         for part, found in zip(parts, seconds, strict=True):
             if found is not None:
                 before = times.row_s[part.lane]
@@ -308,14 +308,15 @@ class Distributor:
     def close(self) -> None:
         """Keep what was measured for the next run of this model on these devices."""
         kept = self.shared.pool.row_seconds
-        for layout, times in self._times.items():
-            if not times.num_calls:
+        for layout, lanes in self.lanes.items():
+            key = self._key(layout)
+            times = self._times.get(layout, _Times([None] * layout.batch)).row_s
+            found = list(zip(times, kept.get(key, times), strict=True))
+            if any(now is None and old is None for now, old in found):
                 continue
-            before = kept.get(self._key(layout), [None] * layout.batch)
-            found = [
-                now if now is not None else old and old * _FORGIVEN
-                for now, old in zip(times.row_s, before, strict=True)
+            left_out = [not lanes[lane].num_rows for lane in range(layout.batch)]
+            kept[key] = [
+                (now or old or 0.0) * (_FORGIVEN if without else 1)
+                for (now, old), without in zip(found, left_out, strict=True)
             ]
-            if None not in found:
-                kept[self._key(layout)] = found  # type: ignore[assignment]
         self._bound.clear()

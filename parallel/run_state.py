@@ -68,7 +68,7 @@ class ParallelRun:
     # --- layout
 
     def choose(self, num_rows: int, num_conds: int = 1, *, has_plan: bool = True) -> Layout | None:
-        """The layout of calls with so many rows, of which so many may run at once; None: one device.
+        """The layout of calls with so many rows, so many of which may run at once, or None.
 
         has_plan: False where the tokens of these calls cannot be shared.
         """

@@ -6,8 +6,10 @@ groups, so that peers that wait for this worker fail at once.
 """
 
 import gc
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -82,9 +84,18 @@ class Server:
     """Answers rank 0 until it goes away, says Exit, or is silent for idle_s (0: for ever).
 
     Before the first model is here, other workers may still be starting, which is no idleness.
+    interrupt(True), from another thread, makes a running call of a network raise at its next
+    operation; interrupt(False) takes that back.
     """
 
-    def __init__(self, channel: Channel, models: Models, device: torch.device, idle_s: float):
+    def __init__(
+        self,
+        channel: Channel,
+        models: Models,
+        device: torch.device,
+        idle_s: float,
+        interrupt: Callable[[bool], None] = lambda value: None,
+    ):
         self.channel, self.models, self.device, self.idle_s = channel, models, device, idle_s
         self.clock = Clock(device, is_timing=False)
         self._links: dict[str, Links] = {}
@@ -94,6 +105,8 @@ class Server:
         self._entry: Group | None = None  # of the latest call: rank 0 and this lane
         self._decisions: list[bool] = []
         self._has_worked = False
+        self._interrupt, self._is_interrupted, self._is_computing = interrupt, False, False
+        self._computing = threading.Lock()  # of the latter two
 
     def serve(self) -> None:
         """The message loop."""
@@ -194,10 +207,34 @@ class Server:
         self._links.clear()
 
     def abort(self, epoch: int) -> None:
-        """From another thread: free this one, should it wait in groups of `epoch`."""
-        if epoch == self._epoch:
-            for links in list(self._links.values()):
-                links.abort()
+        """From another thread: free this one, should it wait in groups of `epoch` or compute.
+
+        Nobody wants the rows of a lane any more, and they may take a minute.
+        """
+        if epoch != self._epoch:
+            return
+        for links in list(self._links.values()):
+            links.abort()
+        with self._computing:
+            if self._is_computing:
+                self._is_interrupted = True
+                self._interrupt(True)
+
+    @contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        with self._computing:
+            self._is_computing, self._is_interrupted = True, False
+        try:
+            yield
+        except BaseException:  # ComfyUI's interrupt is no Exception
+            if self._is_interrupted:
+                raise TransportError("the call was given up") from None
+            raise
+        finally:
+            with self._computing:
+                self._is_computing = False
+                if self._is_interrupted:
+                    self._interrupt(False)
 
     # --- model calls
 
@@ -216,7 +253,8 @@ class Server:
         assert run.id == facts.run
         forward = self._part(model.network, message.method, links)
         clock = StopWatch(self.device if message.is_timed else None)
-        out = run.call(facts, model.network, call, forward)
+        with self._interruptible():
+            out = run.call(facts, model.network, call, forward)
         seconds = clock.seconds()
         if links.own_lane == 0 or links.layout.rank(links.process) > 0:
             return None, []

@@ -87,7 +87,7 @@ def calc_cond_batch(executor: Any, *args: Any, **kwargs: Any) -> Any:
     """CALC_COND_BATCH wrapper: chooses the layout, and runs two conditionings on two branches."""
     names = ("model", "conds", "x_in", "timestep", "model_options")
     given = {**dict(zip(names, args, strict=False)), **kwargs}
-    model, conds, model_options = given["model"], given["conds"], given["model_options"]
+    model, model_options = given["model"], given["model_options"]
     state = _state(model_options.get("transformer_options"))
     if state is None or state.shared is None or state.pair is not None:
         return executor(*args, **kwargs)
@@ -112,9 +112,9 @@ def _layout(state: ParallelRun, given: dict[str, Any]) -> Layout | None:
     if not can_route(conds) or "cache" in state.shared.techniques:
         return state.choose(num_rows)
     merged = state.choose(2 * num_rows)
-    if state.config.cfg != 2 and merged is not None and merged.batch > 1:
-        if worker_host.come_together(conds, given["x_in"], given["timestep"]):
-            return merged
+    may_merge = state.config.cfg != 2 and merged is not None and merged.batch > 1
+    if may_merge and worker_host.come_together(conds, given["x_in"], given["timestep"]):
+        return merged
     return state.choose(num_rows, 2)
 
 
@@ -183,9 +183,9 @@ def _divided_memory(model: Any, state: ParallelRun, *, at_least: int = 0) -> Ite
 
     def memory_required(input_shape: Any, *args: Any, **kwargs: Any) -> Any:
         num_rows = input_shape[0]
-        if num_rows > at_least > 0 and own_rows(num_rows) <= own_rows(at_least):
-            if state.counts.shared and not state.counts.local:
-                return 0
+        is_free = num_rows > at_least > 0 and own_rows(num_rows) <= own_rows(at_least)
+        if is_free and state.counts.shared and not state.counts.local:
+            return 0
         return whole(input_shape, *args, **kwargs) * state.share_of(num_rows)
 
     before = model.__dict__.get("memory_required")

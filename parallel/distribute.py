@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..backends.architectures import find
+from ..backends.architectures import find, whole_sequence
 from ..backends.calls import CALL
 from ..backends.run import Run
 from . import batch
@@ -136,14 +136,17 @@ class Distributor:
         num_rows = batch.rows(call.arguments) or 1
         counts = self.deal(layout, num_rows, branch) if layout.batch > 1 else [num_rows]
         architecture = find(self.shared.network)
-        whole = architecture.notes.unbatched if architecture else ()
+        unbatched = architecture.notes.unbatched if architecture else ()
         found = []
         for number, start, length in batch.spans(counts):
             part = call
             if length < num_rows:
                 part = call.with_(
-                    batch.cut(call.arguments, num_rows, start, length, whole),
-                    batch.cut_options(call.options, num_rows, start, length),
+                    batch.cut(call.arguments, num_rows, start, length, unbatched),
+                    # what a host kept of other rows is of no use to these
+                    whole_sequence(
+                        architecture, batch.cut_options(call.options, num_rows, start, length)
+                    ),
                 )
             found.append(self._encoded(Part(lanes[number], length, part), layout))
         if layout.batch > 1:

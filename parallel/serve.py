@@ -10,11 +10,13 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
+from ..backends.architectures import Architecture, find, whole_sequence
 from ..backends.architectures.plans import find_plan
 from ..backends.architectures.tokens import TokenPlan
 from .attention import SharedAttention, options_of_part
@@ -269,7 +271,7 @@ class Server:
         function = getattr(network, method)
         mesh = links.mesh
         if mesh is None:
-            return function
+            return partial(_rows, function, find(network))
 
         def part(*args: Any, **kwargs: Any) -> Any:
             whole = NetworkCall.of(function, args, kwargs)
@@ -325,6 +327,14 @@ class Server:
                 links.entry(links.own_lane).send(tensor, to=0, patience_s=_HAND_BACK_S)
         except TransportError:
             self._drop_links()
+
+
+def _rows(
+    function: Callable[..., Any], architecture: Architecture | None, *args: Any, **kwargs: Any
+) -> Any:
+    """A call of a network on some rows of a batch: it may not use what it kept of others."""
+    call = NetworkCall.of(function, args, kwargs)
+    return call.with_(options=whole_sequence(architecture, call.options)).run(function)
 
 
 def _cause(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Rows of a batch over real worker processes, in ComfyUI's own samplers; every tiny family in parts.
+"""Rows of a batch over worker processes, in ComfyUI's own samplers; every tiny family in parts.
 
 Parts of any lengths, cut as `parallel/batch.py` cuts, give what the whole call gives; and runs of
 KSampler agree with one device to 1e-6 relative, at the same number of rows.
@@ -14,7 +14,7 @@ import shared_calls
 import tiny
 import torch
 from patience import patience
-from slipstream.backends.architectures import find
+from slipstream.backends.architectures import find, whole_sequence
 from slipstream.backends.architectures.rows import are_frames, why_whole
 from slipstream.backends.cache.apply import apply_cache
 from slipstream.backends.cache.config import CacheConfig
@@ -59,7 +59,9 @@ def of_batch(shape, images):
 
 
 def shape_of(family, images):
-    return of_batch(shared_calls.odd_shape(family), images)
+    is_audio = family in tiny.tiny_audio.FAMILIES  # with sizes of their own
+    shape = tiny.latent_shape(family) if is_audio else shared_calls.odd_shape(family)
+    return of_batch(shape, images)
 
 
 def patched(model, devices=TWO, **fields):
@@ -116,12 +118,13 @@ def differences(call, counts, *, reverse=False):
     """Of the call in parts of so many rows to the whole call, relative."""
     rows = batch.rows(call.arguments)
     assert sum(counts) == rows
-    whole = call.run({})
-    notes = find(call.network)
-    unbatched = notes.notes.unbatched if notes else ()
+    architecture = find(call.network)
+    unbatched = architecture.notes.unbatched if architecture else ()
+    options = whole_sequence(architecture, {})
+    whole = call.run(options)
     spans = list(batch.spans(counts))
     parts = [
-        call.with_(**batch.cut(call.arguments, rows, start, length, unbatched)).run({})
+        call.with_(**batch.cut(call.arguments, rows, start, length, unbatched)).run(options)
         for _, start, length in (reversed(spans) if reverse else spans)
     ]
     joined = [torch.cat(tensors, 0) for tensors in zip(*parts, strict=True)]
@@ -212,8 +215,6 @@ def test_networks_that_keep_something_between_calls_are_refused(family):
 
 
 def test_refused_names_are_comfyuis():
-    from slipstream.backends.architectures import rows
-
     import comfy.ldm.hunyuan3dv2_1.hunyuandit as hunyuan3d
     import comfy.ldm.minimax.model as minimax
     import comfy.ldm.seedvr.model as seedvr
@@ -221,6 +222,7 @@ def test_refused_names_are_comfyuis():
     import comfy.ldm.triposplat.model as triposplat
     import comfy.ldm.wan.ar_model as ar
     import comfy.ldm.wan.model_animate2 as animate
+    from slipstream.backends.architectures import rows
 
     modules = (hunyuan3d, minimax, seedvr, trellis, triposplat, ar, animate)
     for name in {**rows.REFUSED, **rows._ONE_ROW}:
@@ -228,8 +230,9 @@ def test_refused_names_are_comfyuis():
 
 
 def test_frames_of_stable_video_diffusion_are_no_rows():
-    import comfy.model_base
     import inspect
+
+    import comfy.model_base
 
     assert "num_video_frames" in inspect.getsource(comfy.model_base.SVD_img2vid)
     assert are_frames({"x": 0, "num_video_frames": 14})
@@ -347,7 +350,7 @@ def test_a_batch_stays_one_call_where_one_devices_memory_would_split_it(monkeypa
     )
     tiny.sample(shared, "sd15", shape=shape, steps=2)
     handle.remove()
-    assert seen == [2, 2], "this process's half of one call of four rows in each step"
+    assert seen == [4, 4], "one call in each step"
     assert report(shared)["calls_distributed"] == 2
 
 
@@ -399,60 +402,35 @@ def test_lora_on_a_unet():
     assert_rows_shared(with_lora, "sd15")
 
 
-class Control:
-    """What apply_controlnet leaves on a conditioning, with residuals per row of a tiny UNet."""
+def test_controlnet_residuals_are_cut_by_rows():
+    """Each row has residuals of its own; a real ControlNet is in tests/server."""
+    from comfy.controlnet import ControlBase
 
-    def __init__(self, seed=4):
-        self.previous_controlnet, self.seed, self.rows = None, seed, []
-
-    def get_control(self, x, timestep, cond, number, options):
-        self.rows.append(x.shape[0])
-        generator = torch.Generator().manual_seed(self.seed)
-        noise = torch.randn(x.shape[0], 4, *x.shape[2:], generator=generator)
-        return {"input": [], "middle": [], "output": [None, self.residual(x, noise)]}
-
-    @staticmethod
-    def residual(x, noise):
-        return noise
-
-    def pre_run(self, model, percent_to_timestep): ...
-
-    def cleanup(self): ...
-
-    def get_models(self):
-        return []
-
-    def get_extra_hooks(self):
-        return []
-
-    def inference_memory_requirements(self, dtype):
-        return 0
-
-    def copy(self):
-        return self
-
-
-def test_controlnet_residuals_are_cut_by_rows(monkeypatch):
     model = tiny.load("flux", heads=3)
     width = model.model.diffusion_model.hidden_size
+    rows = []
 
-    class OfFlux(Control):
-        @staticmethod
-        def residual(x, noise):
-            tokens = (x.shape[2] // 2) * (x.shape[3] // 2)
+    class Residuals(ControlBase):
+        def get_control(self, x, timestep, cond, number, options):
+            rows.append(x.shape[0])
             generator = torch.Generator().manual_seed(9)
-            return torch.randn(x.shape[0], tokens, width, generator=generator)
+            tokens = (x.shape[2] // 2) * (x.shape[3] // 2)
+            residual = torch.randn(x.shape[0], tokens, width, generator=generator)
+            return {"input": [residual], "output": []}
 
-    control = OfFlux()
-    text = tiny.text("flux")
-    with_control = [[text[0][0], {**text[0][1], "control": control, "control_apply_to_uncond": True}]]
-    sampling = {"shape": shape_of("flux", 3), "steps": 1, "cfg": 1.0}
+        def get_models(self):
+            return []
+
+    ((text, fields),) = tiny.text("flux")
+    with_control = [[text, {**fields, "control": Residuals(), "control_apply_to_uncond": True}]]
+    sampling = {"shape": shape_of("flux", 3), "steps": 3, "cfg": 1.0}
     plain, other = (
-        tiny.sample(model, "flux", positive=p, **sampling) for p in (text, with_control)
+        tiny.sample(model, "flux", positive=p, **sampling)
+        for p in (tiny.text("flux"), with_control)
     )
     assert difference(plain, other) > 1e-3, "the control changes nothing"
     assert_rows_shared(model, "flux", images=3, positive=with_control, cfg=1.0)
-    assert set(control.rows) == {3}
+    assert set(rows) == {3}
 
 
 def test_seeds_by_index():
@@ -572,7 +550,7 @@ def test_a_lane_that_dies_in_a_call_gives_a_sentence():
 
 
 def test_a_cancel_ends_what_the_other_lanes_compute():
-    """They exchange nothing, so nothing but a word from this process ends them before their rows."""
+    """They exchange nothing: only a word from this process ends them before their rows are done."""
     import comfy.model_management as management
 
     model = tiny.load("sd15")

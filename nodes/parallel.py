@@ -17,13 +17,15 @@ class SlipstreamSequenceParallel(io.ComfyNode):
             category="model/patch/slipstream",
             description=(
                 "Output-preserving. Shares every sampling step over several GPUs: each has the "
-                "whole model and a part of the tokens, or one of the two prompts. Sampler, "
-                "previews, LoRA and ControlNet nodes stay as they are. Works on transformers "
-                "(Wan, Flux, HunyuanVideo, Qwen-Image, SD3, LTX, Z-Image, ...)."
+                "whole model and some images of a batch, one of the two prompts, or a part of the "
+                "tokens. Sampler, previews, LoRA and ControlNet nodes stay as they are. Batches "
+                "and prompts of any model, SDXL too; tokens of transformers (Wan, Flux, "
+                "HunyuanVideo, Qwen-Image, SD3, LTX, Z-Image, ...)."
             ),
             search_aliases=[
                 "multi gpu", "multigpu", "sequence parallel", "ulysses", "ring attention",
-                "context parallel", "cfg parallel", "xdit", "raylight", "usp",
+                "context parallel", "cfg parallel", "data parallel", "batch", "xdit", "raylight",
+                "usp",
             ],
             is_experimental=True,
             inputs=[

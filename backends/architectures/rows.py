@@ -11,6 +11,7 @@ _KEEPS = "it keeps keys and values of the whole batch between calls"
 
 # Classes of comfy.ldm -> the reason (read in ComfyUI 0.33).
 REFUSED = {
+    "AceStepConditionGenerationModel": "its first row takes the reference audio of all rows",
     "CausalWanModel": _KEEPS,
     "HunYuanDiTPlain": _HALVES,
     "LatentSeqMMFlowModel": "its rows are parts of one object",

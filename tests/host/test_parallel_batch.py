@@ -103,8 +103,8 @@ def assert_rows_shared(model, family, *, lanes=2, local=0, devices=TWO, images=2
 
 # Families whose network takes no batch of more than one conditioned image, on one device either.
 ONE_AT_A_TIME = ("minimax_h3", "pixart", "wan_dancer", "wan_humo")
-STATEFUL = ("wan_causal", "wan_animate2")
-FAMILIES = tuple(name for name in tiny.ALL if name not in (*ONE_AT_A_TIME, *STATEFUL))
+NOT_ALONE = ("wan_causal", "wan_animate2", "ace_step15")
+FAMILIES = tuple(name for name in tiny.ALL if name not in (*ONE_AT_A_TIME, *NOT_ALONE))
 SLICE = ("sd15", "sdxl", "flux", "qwen_image", "wan", "ltxav", "hunyuan_video", "sd3", "z_image")
 
 
@@ -209,12 +209,13 @@ def test_every_first_dimension_is_the_batch_in_every_family(family):
     check_dimensions(family)
 
 
-@pytest.mark.parametrize("family", STATEFUL)
-def test_networks_that_keep_something_between_calls_are_refused(family):
+@pytest.mark.parametrize("family", NOT_ALONE)
+def test_networks_whose_rows_depend_on_others_are_refused(family):
     assert "cannot be shared" in why_whole(tiny.load(family).model.diffusion_model)
 
 
 def test_refused_names_are_comfyuis():
+    import comfy.ldm.ace.ace_step15 as ace
     import comfy.ldm.hunyuan3dv2_1.hunyuandit as hunyuan3d
     import comfy.ldm.minimax.model as minimax
     import comfy.ldm.seedvr.model as seedvr
@@ -224,7 +225,7 @@ def test_refused_names_are_comfyuis():
     import comfy.ldm.wan.model_animate2 as animate
     from slipstream.backends.architectures import rows
 
-    modules = (hunyuan3d, minimax, seedvr, trellis, triposplat, ar, animate)
+    modules = (ace, hunyuan3d, minimax, seedvr, trellis, triposplat, ar, animate)
     for name in {**rows.REFUSED, **rows._ONE_ROW}:
         assert any(hasattr(module, name) for module in modules), name
 

@@ -4,7 +4,7 @@
     python bench parallel --frames 13                                    the same with 4,096 tokens
     python bench parallel --devices cuda:0,cuda:1 --model wan-1.3b            GPUs, random weights
     python bench parallel --devices cuda:0,cuda:1 --prompt X.json --models FOLDER  your own workflow
-    python bench parallel --batch 4 --model sdxl                   rows of a batch; also flux and wan
+    python bench parallel --batch 4 --model sdxl                  rows of a batch; also flux and wan
 
 Sides take turns in one server; a ratio is a median of paired ratios. An own prompt is an API prompt
 with one SlipstreamSequenceParallel node. On a CPU every rank has one thread, so the server has too,

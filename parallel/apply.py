@@ -76,9 +76,9 @@ class SequenceParallel:
         if reason is None and isinstance(techniques, str):
             reason = techniques
         if reason is None and isinstance(recipe, str):
-            if self.config.is_explicit:
+            if self.config.is_explicit and (plan is not None or self.config.batch > 1):
                 raise ParallelError(recipe)
-            reason = recipe
+            reason = f"{no_plan} {recipe}".lstrip()
         if reason is None:
             assert isinstance(recipe, worker_host.Recipe)
             reason, model = _model(run.patcher, recipe)

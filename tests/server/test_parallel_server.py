@@ -297,6 +297,20 @@ def test_one_picture_of_an_unknown_family_runs_on_one_device(server, files):
     assert "No token plan for class UNetModel" in str(found["reasons"])
 
 
+def test_a_unet_that_workers_cannot_load(server, files):
+    """It runs as without the node, as before batches were shared; who asks for a batch is told."""
+    prompt = flux()
+    prompt["model"] = node("SlipstreamTestModel", family="pixart", heads=1, seed=0)
+    prompt["latent"] = node("EmptyLatentImage", width=512, height=512, batch_size=1)
+    difference, found = compare(server, prompt, shared(prompt))
+    assert difference == 0
+    assert found["calls_distributed"] == 0
+    assert "No token plan for class PixArtMS" in str(found["reasons"])
+    with pytest.raises(queue_client.PromptFailed) as caught:
+        run(server, shared(prompt, batch=3))
+    assert "Use a core loader or ours" in caught.value.message
+
+
 # --- batches
 
 

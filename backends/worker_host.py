@@ -170,6 +170,22 @@ def memory_required(patcher: Any, shape: Sequence[int]) -> int:
     return int(patcher.memory_required(list(shape)))
 
 
+def come_together(conds: Sequence[Any], x: torch.Tensor, timestep: torch.Tensor) -> bool:
+    """Whether ComfyUI puts all these conditionings into one model call, if memory allows.
+
+    False too where a newer ComfyUI decides otherwise than 0.33 does.
+    """
+    import comfy.samplers
+
+    read = getattr(comfy.samplers, "get_area_and_mult", None)
+    can_join = getattr(comfy.samplers, "can_concat_cond", None)
+    if read is None or can_join is None:
+        return False
+    found = [read(one, x, timestep) for cond in conds for one in cond or ()]
+    found = [one for one in found if one is not None]
+    return len(found) > 1 and all(can_join(one, found[0]) for one in found)
+
+
 def raise_if_interrupted() -> None:
     """Raise what ComfyUI raises if the user has pressed Cancel."""
     import comfy.model_management as management

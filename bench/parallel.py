@@ -4,6 +4,7 @@
     python bench parallel --frames 13                                    the same with 4,096 tokens
     python bench parallel --devices cuda:0,cuda:1 --model wan-1.3b            GPUs, random weights
     python bench parallel --devices cuda:0,cuda:1 --prompt X.json --models FOLDER  your own workflow
+    python bench parallel --batch 4 --model sdxl                  rows of a batch; also flux and wan
 
 Sides take turns in one server; a ratio is a median of paired ratios. An own prompt is an API prompt
 with one SlipstreamSequenceParallel node. On a CPU every rank has one thread, so the server has too,
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from typing import Any
 from .environment import environment
 from .paired import AGAIN, BASELINE, noise_band, ratio, take_turns, verdict
 from .parallel_ceiling import Shares, serve_shares
-from .parallel_models import FILE, SUBJECTS, Subject, write_model
+from .parallel_models import FILE, SUBJECTS, WAN, Subject, write_model
 from .parallel_page import met, parallel_page, shares_of
 from .server import Server
 from .setup_env import PACK_ROOT, SetupError, find_comfyui
@@ -38,22 +39,28 @@ OUTPUT = PACK_ROOT / "output" / "bench"
 NODE = "SlipstreamSequenceParallel"
 CPU_SIDES = ("cpu,cpu", "cpu,cpu,cpu,cpu")
 GOALS = {"cpu,cpu": 1.7, "cpu,cpu,cpu,cpu": 2.8}
+BATCH_GOALS = {"cpu,cpu": 1.85, "cpu,cpu,cpu,cpu": 3.4}
+BENCH_PACK = Path(__file__).with_name("parallel_pack")
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 NUM_ROUNDS, NUM_STEPS = 5, 3
 
 Json = dict[str, Any]
 
 
-def wan_prompt(subject: Subject, steps: int) -> Json:
-    """A prompt of core nodes around ours."""
+def prompt_of(subject: Subject, steps: int) -> Json:
+    """A prompt of core nodes around ours; what no core node gives without a file, parallel_pack."""
+    text = _node("LotusConditioning")
+    if subject.family != WAN:
+        text = _node(
+            "SlipstreamBenchPrompt", tokens=subject.text_tokens, width=subject.text,
+            pooled=subject.pooled,
+        )  # fmt: skip
+    latent, sizes = subject.latent_node
     return {
         "model": _node("UNETLoader", unet_name=FILE, weight_dtype="default"),
         "parallel": _node(NODE, model=["model", 0], workers=1, devices=""),
-        "text": _node("LotusConditioning"),
-        "latent": _node(
-            "EmptyHunyuanLatentVideo", width=subject.width, height=subject.height,
-            length=subject.frames, batch_size=1,
-        ),
+        "text": text,
+        "latent": _node(latent, **sizes),
         "sampler": _node(
             "KSampler", model=["parallel", 0], positive=["text", 0], negative=["text", 0],
             latent_image=["latent", 0], seed=0, steps=steps, cfg=1.0, sampler_name="euler",
@@ -99,7 +106,12 @@ def seconds_per_step(server: Server, prompt: Json) -> tuple[float, Json]:
 
 
 def measure(
-    server: Server, prompt: Json, devices: Sequence[str], num_rounds: int, shares: Shares | None
+    server: Server,
+    prompt: Json,
+    devices: Sequence[str],
+    num_rounds: int,
+    shares: Shares | None,
+    goals: Mapping[str, float],
 ) -> list[Json]:
     """One row per side: ratio to one device, and where the time of its latest run went."""
     import psutil  # a requirement of ComfyUI
@@ -131,7 +143,9 @@ def measure(
     for name in sides:  # workers start, models load, caches warm
         sides[name](-1)
     seconds = take_turns(sides, num_rounds)
-    return [_row(n, seconds, reports.get(n, {}), stolen[n][:num_rounds]) for n in devices]
+    return [
+        _row(n, seconds, reports.get(n, {}), stolen[n][:num_rounds], goals.get(n)) for n in devices
+    ]
 
 
 def stolen_share(before: Any, after: Any) -> float:
@@ -144,7 +158,13 @@ def stolen_share(before: Any, after: Any) -> float:
     return stolen / (worked + stolen) if stolen > 0 else 0.0
 
 
-def _row(name: str, seconds: dict[str, list[float]], report: Json, stolen: Sequence[float]) -> Json:
+def _row(
+    name: str,
+    seconds: dict[str, list[float]],
+    report: Json,
+    stolen: Sequence[float],
+    goal: float | None,
+) -> Json:
     band = noise_band(ratio(seconds[BASELINE], seconds[AGAIN]))
     found = ratio(seconds[BASELINE], seconds[name])
     row = {
@@ -154,7 +174,7 @@ def _row(name: str, seconds: dict[str, list[float]], report: Json, stolen: Seque
         "speed": found.to_json(),
         "noise": [round(edge, 4) for edge in band],
         "verdict": verdict(found.median, band),
-        "goal": GOALS.get(name),
+        "goal": goal,
         "stolen": round(statistics.median(stolen), 4),
         "report": report,
     }
@@ -182,6 +202,7 @@ def main() -> int:
     parser.add_argument("--prompt", type=Path, help="an API prompt instead of the random Wan")
     parser.add_argument("--models", type=Path, help="models folder of --prompt")
     parser.add_argument("--frames", type=int, help="of the random Wan's video: 4n + 1")
+    parser.add_argument("--batch", type=int, default=1, help="pictures or videos at once")
     parser.add_argument("--rounds", type=int, default=NUM_ROUNDS)
     parser.add_argument("--steps", type=int, default=NUM_STEPS)
     parser.add_argument("--out", type=Path, default=OUTPUT)
@@ -194,6 +215,8 @@ def main() -> int:
     subject = SUBJECTS[options.model]
     if options.frames:
         subject = replace(subject, frames=options.frames)
+    if options.batch > 1:
+        subject = replace(subject, batch=options.batch)
     if options.write is not None:
         write_model(comfyui, options.write, subject)
         return 0
@@ -223,25 +246,27 @@ def main() -> int:
 def _rows(comfyui: Path, options: argparse.Namespace, subject: Subject) -> list[Json]:
     devices = options.devices or list(CPU_SIDES)
     cpu = all(name.startswith("cpu") for name in devices)
-    packs = {"ComfyUI-Slipstream": PACK_ROOT}
+    packs = {"ComfyUI-Slipstream": PACK_ROOT, "slipstream-bench": BENCH_PACK}
     with tempfile.TemporaryDirectory(prefix="slipstream-bench-") as temporary:
         if options.prompt is not None:
             models, prompt = options.models, json.loads(options.prompt.read_text("utf-8"))
         else:
-            models, prompt = Path(temporary), wan_prompt(subject, options.steps)
+            models, prompt = Path(temporary), prompt_of(subject, options.steps)
             command = [sys.executable, str(PACK_ROOT / "bench"), "parallel", "--write", temporary]
             subprocess.run([*command, "--model", options.model], check=True)
         shares: Any = nullcontext()
         if cpu and options.prompt is None:
             most = max(map(num_ranks_of, devices))
-            choice = [f"--model={options.model}", f"--frames={subject.frames}"]
+            choice = [f"--model={options.model}", f"--batch={subject.batch}"]
+            choice += [f"--frames={subject.frames}"]
             shares = Shares(choice, most, {**os.environ, **ONE_THREAD})
         threads = ONE_THREAD if cpu else {}
         with (
             shares as machine,
             Server(comfyui, packs=packs, models=models, cpu=cpu, environment=threads) as server,
         ):
-            return measure(server, prompt, devices, options.rounds, machine)
+            goals = BATCH_GOALS if subject.batch > 1 else GOALS
+            return measure(server, prompt, devices, options.rounds, machine, goals)
 
 
 def _command(options: argparse.Namespace) -> str:
@@ -249,6 +274,7 @@ def _command(options: argparse.Namespace) -> str:
     words = [f"--devices {name}" for name in options.devices or ()]
     words += [f"--model {options.model}"] if options.model != "wan-small" else []
     words += [f"--frames {options.frames}"] if options.frames else []
+    words += [f"--batch {options.batch}"] if options.batch > 1 else []
     words += [f"--prompt {options.prompt.name} --models FOLDER"] if options.prompt else []
     words += [f"--rounds {options.rounds}"] if options.rounds != NUM_ROUNDS else []
     words += [f"--steps {options.steps}"] if options.steps != NUM_STEPS else []

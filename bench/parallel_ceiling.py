@@ -1,15 +1,16 @@
 """What this machine can give n CPU ranks at most: their shares of a call at once, nobody waits.
 
-Every process computes what one rank of n does of a call, through the pack's own engine, with groups
-that send nothing and answer at once. The ceiling is the time of one process that does all of a call
-over that of the slowest of n that do their shares at the same time. What it lacks to n is shared
+Every process computes what one rank of n does of a call: its rows of a batch, or its tokens through
+the pack's own engine, with groups that send nothing and answer at once. The ceiling is the time of
+one process that does all of a call over that of the slowest of n that do their shares at the same
+time. What it lacks to n is shared
 memory bandwidth, clock speed under load, and the parts of a network that every rank repeats.
 """
 
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,15 +69,16 @@ def serve_shares(comfyui: Path, subject: Subject, rank: int) -> None:
         print("done", flush=True)
 
 
-def share(network: Any, inputs: Sequence[Any], rank: int, world: int) -> Callable[[], None]:
-    """What does one rank's share of a call of a Wan; all of it if the world is 1.
+def share(network: Any, inputs: Mapping[str, Any], rank: int, world: int) -> Callable[[], None]:
+    """What does one rank's share of a call: of its rows, or of a single row's tokens.
 
-    inputs: x, timestep, context.
+    inputs: arguments by name, the latent first. All of it if the world is 1.
     """
     import torch
 
     from ..backends.architectures.plans import find_plan
     from ..backends.architectures.tokens import TokenPlan
+    from ..parallel import batch
     from ..parallel.attention import SharedAttention
     from ..parallel.bind import bind
     from ..parallel.comm import Clock
@@ -84,17 +86,21 @@ def share(network: Any, inputs: Sequence[Any], rank: int, world: int) -> Callabl
     from ..parallel.hooks import installed
     from ..parallel.mesh import Layout, Mesh
 
-    x, timestep, text = inputs
-    if world == 1:
+    num_rows = batch.rows(inputs) or 1
+    if world == 1 or num_rows > 1:
+        counts = batch.deal(num_rows, [1.0] * world)
+        start = sum(counts[:rank])
+        own = batch.cut(inputs, num_rows, start, counts[rank])
 
-        def whole() -> None:
-            with torch.inference_mode():
-                network(x, timestep, text, transformer_options={})
+        def rows() -> None:
+            if counts[rank]:
+                with torch.inference_mode():
+                    network(**own, transformer_options={})
 
-        return whole
+        return rows
     plan = find_plan(network)
     assert isinstance(plan, TokenPlan)
-    bound = bind(plan.for_call({"x": x, "timestep": timestep, "context": text}), network)
+    bound = bind(plan.for_call(dict(inputs)), network)
     build: Any = Silence
     mesh, clock = Mesh(Layout(ulysses=world), rank, "share", build), Clock(torch.device("cpu"))
 
@@ -103,7 +109,7 @@ def share(network: Any, inputs: Sequence[Any], rank: int, world: int) -> Callabl
         options = {"optimized_attention_override": SharedAttention(call)}
         with torch.inference_mode(), installed(call):
             try:
-                network(x, timestep, text, transformer_options=options)
+                network(**inputs, transformer_options=options)
             except EarlyExit:
                 return
 

@@ -64,7 +64,7 @@ def _cells(row: Json) -> list[str]:
     speed, report, shares = row["speed"], row["report"], shares_of(row)
     return [
         row["devices"],
-        f"cfg {report['cfg']} x ulysses {report['ulysses']} x ring {report['ring']}",
+        report.get("layout") or _degrees(report),
         f"{speed['median']:.2f}x",
         f"{speed['low']:.2f} to {speed['high']:.2f}",
         f"{row['goal']}x" if row["goal"] else "-",
@@ -75,6 +75,11 @@ def _cells(row: Json) -> list[str]:
         f"{shares['broadcast']:.1%}",
         f"{row['stolen']:.0%}",
     ]
+
+
+def _degrees(report: Json) -> str:
+    """Layout of a measurement from before batches were shared."""
+    return f"cfg {report['cfg']} x ulysses {report['ulysses']} x ring {report['ring']}"
 
 
 PAGES: dict[str, Callable[[Json], str]] = {"parallel": parallel_page}

@@ -17,13 +17,15 @@ class SlipstreamSequenceParallel(io.ComfyNode):
             category="model/patch/slipstream",
             description=(
                 "Output-preserving. Shares every sampling step over several GPUs: each has the "
-                "whole model and a part of the tokens, or one of the two prompts. Sampler, "
-                "previews, LoRA and ControlNet nodes stay as they are. Works on transformers "
-                "(Wan, Flux, HunyuanVideo, Qwen-Image, SD3, LTX, Z-Image, ...)."
+                "whole model and some images of a batch, one of the two prompts, or a part of the "
+                "tokens. Sampler, previews, LoRA and ControlNet nodes stay as they are. Batches "
+                "and prompts of any model, SDXL too; tokens of transformers (Wan, Flux, "
+                "HunyuanVideo, Qwen-Image, SD3, LTX, Z-Image, ...)."
             ),
             search_aliases=[
                 "multi gpu", "multigpu", "sequence parallel", "ulysses", "ring attention",
-                "context parallel", "cfg parallel", "xdit", "raylight", "usp",
+                "context parallel", "cfg parallel", "data parallel", "batch", "xdit", "raylight",
+                "usp",
             ],
             is_experimental=True,
             inputs=[
@@ -74,6 +76,14 @@ class SlipstreamSequenceParallel(io.ComfyNode):
                         "next prompt starts them again (some seconds). 0: never."
                     ),
                 ),
+                io.Int.Input(
+                    "batch", default=0, min=0, max=MAX_WORKERS, optional=True, advanced=True,
+                    tooltip=(
+                        "Images of a batch (and prompts that ComfyUI merges) on so many groups of "
+                        "processes; needs no exchange inside a step. 0: as many as there are rows, "
+                        "before tokens are shared. 1: never."
+                    ),
+                ),
             ],
             outputs=[io.Model.Output(tooltip="The patched MODEL: wire it to any sampler.")],
         )  # fmt: skip
@@ -89,9 +99,10 @@ class SlipstreamSequenceParallel(io.ComfyNode):
         cfg: int = 0,
         timeout_s: int = 60,
         idle_s: int = 900,
+        batch: int = 0,
     ) -> io.NodeOutput:
         config = SequenceParallelConfig(
             workers=workers, devices=devices, ulysses=ulysses, ring=ring, cfg=cfg,
-            timeout_s=timeout_s, idle_s=idle_s,
+            batch=batch, timeout_s=timeout_s, idle_s=idle_s,
         )  # fmt: skip
         return io.NodeOutput(apply_parallel(model, config))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..backends import host, worker_host
-from ..backends.architectures.tokens import TokenPlan
+from ..backends.architectures.rows import why_whole
 from ..backends.run import Run, attach, attached
 from .config import ParallelError, SequenceParallelConfig, choose_devices
 from .crew import Setting
@@ -63,16 +63,22 @@ class SequenceParallel:
             if not self.config.workers and not self.config.device_names:
                 run.note(why_one_device(device))
             return ParallelRun(run, self.config, None, "one device")
-        plan = checked_plan(network)
+        self.config.check_degrees(len(devices))
+        plan, no_plan = checked_plan(network)
+        if no_plan:
+            run.note(no_plan)
+        one_lane = why_whole(network) or ""
         recipe = worker_host.recipe(run.patcher, OWN_PACKAGE)
-        reason = plan if isinstance(plan, str) else worker_host.obstacle(run.patcher)
+        reason = worker_host.obstacle(run.patcher)
+        if plan is None and (one_lane or self.config.splits_tokens):
+            reason = f"{no_plan} {one_lane}".rstrip()
         techniques = travelling(run)
         if reason is None and isinstance(techniques, str):
             reason = techniques
         if reason is None and isinstance(recipe, str):
-            if self.config.is_explicit:
+            if self.config.is_explicit and (plan is not None or self.config.batch > 1):
                 raise ParallelError(recipe)
-            reason = recipe
+            reason = f"{no_plan} {recipe}".lstrip()
         if reason is None:
             assert isinstance(recipe, worker_host.Recipe)
             reason, model = _model(run.patcher, recipe)
@@ -84,7 +90,6 @@ class SequenceParallel:
         if reason is not None:
             run.note(reason)
             return ParallelRun(run, self.config, None, reason)
-        assert isinstance(plan, TokenPlan)
         assert isinstance(techniques, dict)
         shared = Shared(
             pool=pool(),
@@ -94,7 +99,9 @@ class SequenceParallel:
             model=model,
             network=network,
             plan=plan,
-            num_heads=num_heads(network, plan),
+            num_heads=None if plan is None else num_heads(network, plan),
+            no_plan=no_plan,
+            one_lane=one_lane,
             techniques=techniques,
             meanwhile=worker_host.raise_if_interrupted,
             memory_bytes=partial(worker_host.memory_required, run.patcher),

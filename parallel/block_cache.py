@@ -1,10 +1,11 @@
 """A block cache over ranks: rank 0 decides, and the workers do as it does.
 
 A decision taken before a call is handed over travels with it, one taken inside is broadcast as a
-byte. Workers can only reuse what they have computed, so in a shared call rank 0 reuses a key's
-residual only if the last computed call of that key was shared with the same workers. A call on
-rank 0 alone is rank 0's own business: the cache tells its residuals from those of shared calls by
-ModelCall.num_ranks.
+byte to every lane. Workers can only reuse what they have computed, so in a shared call rank 0
+reuses a key's residual only if the last computed call of that key was shared with the same workers.
+A call on rank 0 alone is rank 0's own business: the cache tells its residuals from those of shared
+calls by ModelCall.num_ranks. What a rank has stored is of its own tokens and rows, so the rows are
+dealt once a run where such a cache travels.
 """
 
 from collections.abc import Hashable
@@ -13,14 +14,14 @@ from typing import Any
 import torch
 
 from ..backends.calls import ModelCall
-from .mesh import Mesh
+from .comm import Group
 
 
 class Decisions:
-    """Rank 0's side of one run. `mesh` is set while a shared call is under way."""
+    """Rank 0's side of one run. `groups`: who follows, while a shared call is under way."""
 
     def __init__(self) -> None:
-        self.mesh: Mesh | None = None
+        self.groups: tuple[Group, ...] = ()
         self._early: list[tuple[int, bool]] = []  # index of the model call, decision
         self._computing: set[Hashable] = set()
         self._stored: set[Hashable] = set()
@@ -32,12 +33,11 @@ class Decisions:
         reuse = reuse and call.key in self._stored
         if not reuse:
             self._computing.add(call.key)
-        if self.mesh is None:
+        if not self.groups:
             self._early.append((call.index, reuse))
-            return reuse
-        device = self.mesh.main.clock.device
-        flag = torch.tensor([reuse], dtype=torch.uint8, device=device)
-        self.mesh.main.broadcast(flag, root=0)
+        for group in self.groups:
+            flag = torch.tensor([reuse], dtype=torch.uint8, device=group.clock.device)
+            group.broadcast(flag, root=0)
         return reuse
 
     def take_early(self, call: ModelCall) -> tuple[bool, ...]:

@@ -89,6 +89,22 @@ class Clock:
             self._add(kind, start.elapsed_time(end) / 1000)
 
 
+class StopWatch:
+    """Seconds since it was made until a device has done what it was given; None if it is None."""
+
+    def __init__(self, device: torch.device | None):
+        self._device = device
+        self._started = self._now()
+
+    def _now(self) -> float:
+        if self._device is not None:
+            synchronize(self._device)
+        return time.perf_counter()
+
+    def seconds(self) -> float | None:
+        return None if self._device is None else self._now() - self._started
+
+
 class Pending:
     """An exchange under way. `wait` gives the tensors from every rank, in rank order."""
 
@@ -175,11 +191,15 @@ class Group:
             if self.rank == root:
                 self.clock.bytes_sent += tensor.nbytes * (self.world - 1)
 
-    def send(self, tensor: torch.Tensor, *, to: int) -> None:
-        """Send a contiguous tensor to one rank, which must `recv` it."""
+    def send(self, tensor: torch.Tensor, *, to: int, patience_s: float | None = None) -> None:
+        """Send a contiguous tensor to one rank, which must `recv` it.
+
+        patience_s: how long it may be until that rank does, instead of the group's timeout.
+        """
         # gloo's send and recv read the address as the CPU's, whatever device it belongs to
         staged = tensor.cpu() if self._stages(tensor) else tensor
-        _wait(self._call("send", [as_bytes(staged)], to, 0))
+        longer = patience_s if self.backend == GLOO else None  # NCCL's wait would block for it
+        _wait(self._call("send", [as_bytes(staged)], to, 0), longer)
         self.clock.bytes_sent += tensor.nbytes
 
     def recv(self, tensor: torch.Tensor, *, source: int) -> None:
@@ -256,11 +276,11 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
-def _wait(work: Any) -> None:
+def _wait(work: Any, timeout_s: float | None = None) -> None:
     if work is None:
         raise TransportError("the group was closed")
     try:
-        work.wait()
+        work.wait() if timeout_s is None else work.wait(timedelta(seconds=timeout_s))
     except RuntimeError as error:
         raise TransportError(str(error)) from error
     finally:

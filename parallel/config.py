@@ -3,6 +3,7 @@
 Rank 0 is ComfyUI's own process; `workers` counts it.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,7 +21,7 @@ class ParallelError(SlipstreamError, ValueError):
 @dataclass(frozen=True, kw_only=True)
 class SequenceParallelConfig:
     """workers: processes (0 chooses); devices: comma-separated, rank 0's first ("" chooses);
-    ulysses, ring, cfg: degrees (0 chooses); timeout_s: longest wait at one exchange; idle_s:
+    batch, cfg, ulysses, ring: degrees (0 chooses); timeout_s: longest wait at one exchange; idle_s:
     unused workers end after so long (0: they stay). Raises ParallelError with a sentence.
     """
 
@@ -29,12 +30,13 @@ class SequenceParallelConfig:
     ulysses: int = 0
     ring: int = 0
     cfg: int = 0
+    batch: int = 0
     timeout_s: float = 60
     idle_s: float = 900
 
     def __post_init__(self) -> None:
-        for name, highest in (("workers", MAX_WORKERS), ("ulysses", MAX_WORKERS),
-                              ("ring", MAX_WORKERS), ("cfg", 2)):  # fmt: skip
+        for name in ("workers", "batch", "cfg", "ulysses", "ring"):
+            highest = 2 if name == "cfg" else MAX_WORKERS
             value = getattr(self, name)
             if not 0 <= value <= highest:
                 raise ParallelError(f"{name} is {value}: choose 0 (automatic) to {highest}.")
@@ -56,24 +58,30 @@ class SequenceParallelConfig:
                     f"devices names {name} twice; NCCL allows one process per GPU. "
                     "Name another, or lower workers."
                 )
-        self._check_degrees(self.workers or len(named))
+        self.check_degrees(self.workers or len(named))
 
-    def _check_degrees(self, world: int) -> None:
-        degrees = (self.cfg, self.ulysses, self.ring)
+    def check_degrees(self, world: int) -> None:
+        """Raise ParallelError if so many processes (0: not known yet) cannot have the degrees."""
+        degrees = (self.batch, self.cfg, self.ulysses, self.ring)
         if not world or not any(degrees):
             return
-        product = (self.cfg or 1) * (self.ulysses or 1) * (self.ring or 1)
+        product = math.prod(degree or 1 for degree in degrees)
         fits = product == world if all(degrees) else world % product == 0
         if not fits:
             shown = " x ".join(
                 f"{name} {value}"
-                for name, value in zip(("cfg", "ulysses", "ring"), degrees, strict=True)
+                for name, value in zip(("batch", "cfg", "ulysses", "ring"), degrees, strict=True)
                 if value
             )
             raise ParallelError(
                 f"{shown} is {product} processes, but workers is {world}. "
                 f"Set one of them to 0 (auto) or workers to {product}."
             )
+
+    @property
+    def splits_tokens(self) -> bool:
+        """Whether the settings ask for tokens to be shared."""
+        return self.ulysses > 1 or self.ring > 1
 
     @property
     def device_names(self) -> tuple[str, ...]:
@@ -127,34 +135,56 @@ def choose_devices(
 
 
 def choose_layout(
-    config: SequenceParallelConfig, *, world: int, num_conds: int, num_heads: int | None
+    config: SequenceParallelConfig,
+    *,
+    world: int,
+    num_heads: int | None,
+    num_rows: int = 1,
+    num_conds: int = 1,
+    has_plan: bool = True,
 ) -> Layout:
-    """Degrees for `world` processes and an evaluation of `num_conds` conditionings.
+    """Degrees for `world` processes and calls of `num_rows` rows.
 
-    CFG first where two conditionings come, then Ulysses while there are heads, then ring. With
-    cfg 2 and one conditioning, half of the processes have nothing to do.
+    num_conds: calls that may run at the same time; has_plan: tokens can be shared. Rows come
+    first, as many lanes as divide the processes that are left to them, then prompts, then tokens:
+    Ulysses while there are heads, then ring. Processes may have nothing to do: half of them with
+    cfg 2 and one conditioning, and those that only tokens could use where has_plan is false.
     """
-    if config.cfg == 2 and num_conds < 2:
-        return _split(config, world // 2, num_heads, cfg=1)
+    degrees = (config.ulysses or 1) * (config.ring or 1) if has_plan else 1
+    limit = config.batch or max(world // (degrees * (config.cfg or 1)), 1)
+    batch = max(
+        n
+        for n in range(1, min(limit, max(num_rows, 1)) + 1)
+        if n == 1 or not has_plan or limit % n == 0
+    )
+    rest = world // batch
     if config.cfg == 2:
-        return _split(config, world // 2, num_heads, cfg=2)
+        cfg, ranks = (2 if num_conds > 1 else 1), max(rest // 2, 1)
+    elif config.cfg == 0 and num_conds == 2 and _has_room(config, rest, has_plan=has_plan):
+        cfg, ranks = 2, rest // 2
+    else:
+        cfg, ranks = 1, rest
+    ulysses, ring = _split(config, ranks, num_heads) if has_plan else (1, 1)
+    return Layout(batch=batch, cfg=cfg, ulysses=ulysses, ring=ring)
+
+
+def _has_room(config: SequenceParallelConfig, ranks: int, *, has_plan: bool) -> bool:
+    """Whether two prompts may be on two halves of so many processes."""
+    if not has_plan:
+        return ranks >= 2
     degrees = (config.ulysses or 1) * (config.ring or 1)
-    fits = world % 2 == 0 and (world // 2) % degrees == 0
     if config.ulysses and config.ring:
-        fits = fits and world // 2 == degrees
-    if config.cfg == 0 and num_conds == 2 and fits:
-        return _split(config, world // 2, num_heads, cfg=2)
-    return _split(config, world, num_heads, cfg=1)
+        return ranks == 2 * degrees
+    return ranks % 2 == 0 and (ranks // 2) % degrees == 0
 
 
-def _split(
-    config: SequenceParallelConfig, ranks: int, num_heads: int | None, *, cfg: int
-) -> Layout:
+def _split(config: SequenceParallelConfig, ranks: int, num_heads: int | None) -> tuple[int, int]:
+    """Ulysses and ring degrees of a lane of at most `ranks` processes."""
     if config.ulysses:
         ulysses = config.ulysses
     elif config.ring:
-        ulysses = ranks // config.ring
+        ulysses = max(ranks // config.ring, 1)
     else:
         limit = ranks if num_heads is None else max(min(ranks, num_heads), 1)
         ulysses = next(n for n in range(limit, 0, -1) if ranks % n == 0)
-    return Layout(cfg=cfg, ulysses=ulysses, ring=max(ranks // ulysses, 1))
+    return ulysses, config.ring or max(ranks // ulysses, 1)

@@ -59,6 +59,19 @@ def advice(measured: Measured, layout: Layout) -> str | None:
     )
 
 
+def advice_on_rows(total_s: float, one_s: float, layout: Layout) -> str | None:
+    """The sentence for a batch that one device would do faster, else None.
+
+    total_s: of a call whose rows were shared; one_s: of all its rows at the pace of rank 0's own.
+    """
+    if total_s <= one_s:
+        return None
+    return (
+        f"One device would be about {total_s / max(one_s, 1e-9):.1f} times as fast as {layout}: "
+        "the others are slower, or handing rows over takes longer than computing them"
+    )
+
+
 class Meter:
     """What a clock has counted since this object was made."""
 

@@ -1,9 +1,11 @@
 """Where a process stands among the others, and the groups it needs there.
 
-cfg x ulysses x ring processes; process p serves branch p // (ulysses * ring). Within a branch,
-rank r is number r % ulysses of ring chunk r // ulysses: it exchanges heads with the ranks of its
-chunk and passes keys to the same number of the next chunk. Process 0 is ComfyUI's own: it leads
-branch 0 and hands work to branch 1 over a group of its own.
+batch x cfg x ulysses x ring processes, in lanes of ulysses * ring. A lane does the whole of some
+rows of a call; the `batch` lanes of a branch have those of one call, and there are `cfg` branches,
+whose calls run at the same time. Within a lane, rank r is number r % ulysses of ring chunk
+r // ulysses: it exchanges heads with the ranks of its chunk and passes keys to the same number of
+the next chunk. Process 0 is ComfyUI's own: it leads lane 0 and hands work to every other lane over
+a group of its own.
 """
 
 import time
@@ -21,32 +23,42 @@ from .comm import Clock, Group
 class Layout:
     """Degrees of one arrangement of processes."""
 
+    batch: int = 1
     cfg: int = 1
     ulysses: int = 1
     ring: int = 1
 
     @property
     def ranks(self) -> int:
-        """Processes of one branch."""
+        """Processes of one lane."""
         return self.ulysses * self.ring
 
     @property
     def world(self) -> int:
-        return self.cfg * self.ranks
+        return self.batch * self.cfg * self.ranks
 
-    def branch(self, process: int) -> int:
+    @property
+    def degrees(self) -> tuple[int, int, int, int]:
+        return self.batch, self.cfg, self.ulysses, self.ring
+
+    def lane(self, process: int) -> int:
         return process // self.ranks
 
     def rank(self, process: int) -> int:
-        """Rank within the branch."""
+        """Rank within the lane."""
         return process % self.ranks
 
-    def members(self, branch: int) -> range:
-        """Processes of a branch."""
-        return range(branch * self.ranks, (branch + 1) * self.ranks)
+    def lanes(self, branch: int) -> range:
+        """Lanes that share the calls of a branch."""
+        return range(branch * self.batch, (branch + 1) * self.batch)
+
+    def members(self, lane: int) -> range:
+        """Processes of a lane."""
+        return range(lane * self.ranks, (lane + 1) * self.ranks)
 
     def __str__(self) -> str:
-        return f"cfg {self.cfg} x ulysses {self.ulysses} x ring {self.ring}"
+        named = zip(("batch", "cfg", "ulysses", "ring"), self.degrees, strict=True)
+        return " x ".join(f"{name} {degree}" for name, degree in named)
 
 
 Build = Callable[[str, int, int], Group]  # name, rank, world
@@ -103,7 +115,11 @@ class Mesh:
 
 
 class Links:
-    """All groups of one process under one layout; `relay` joins process 0 and branch 1."""
+    """All groups of one process under one layout.
+
+    relays: by lane, the group that joins process 0, its root, and the ranks of that lane; process
+    0 has all of them, a worker its own.
+    """
 
     def __init__(
         self,
@@ -119,7 +135,7 @@ class Links:
         self.layout, self.process, self.name, self.clock = layout, process, name, clock
         self.backend = backend
         self.mesh: Mesh | None = None
-        self.relay: Group | None = None
+        self.relays: dict[int, Group] = {}
         self._built: list[Group] = []
 
         def build(group: str, rank: int, world: int) -> Group:
@@ -130,21 +146,28 @@ class Links:
             self._built.append(built)
             return built
 
-        branch, rank = layout.branch(process), layout.rank(process)
+        own, rank = layout.lane(process), layout.rank(process)
         try:
             if layout.ranks > 1:
-                self.mesh = Mesh(layout, rank, f"branch{branch}", build)
-            if layout.cfg > 1 and (process == 0 or branch == 1):
-                self.relay = build("relay", 0 if process == 0 else rank + 1, layout.ranks + 1)
+                self.mesh = Mesh(layout, rank, f"lane{own}", build)
+            for lane in range(1, layout.batch * layout.cfg):
+                if process == 0 or lane == own:
+                    number = 0 if process == 0 else rank + 1
+                    self.relays[lane] = build(f"relay{lane}", number, layout.ranks + 1)
         except BaseException:
             self.close()
             raise
 
-    def entry(self, branch: int) -> Group:
-        """The group over which process 0, its root, hands calls to `branch`."""
-        group = self.relay if branch else (self.mesh.main if self.mesh else None)
-        assert group is not None
-        return group
+    def entry(self, lane: int) -> Group:
+        """The group over which process 0, its root, hands calls to the ranks of `lane`."""
+        if lane:
+            return self.relays[lane]
+        assert self.mesh is not None
+        return self.mesh.main
+
+    @property
+    def own_lane(self) -> int:
+        return self.layout.lane(self.process)
 
     def close(self) -> None:
         """Drop all groups: whoever waits for this process fails at once."""

@@ -12,7 +12,7 @@ import torch
 
 from .wire import Meta
 
-PROTOCOL = 2
+PROTOCOL = 3
 
 # Why a worker failed: its peers are gone (a symptom), the plan does not fit, its device is full,
 # or anything else.
@@ -41,13 +41,13 @@ class Start:
 @dataclass(frozen=True)
 class Groups:
     """Join groups. epoch: groups of another one are gone; name: of these; store: file;
-    process: the worker's number in the layout (cfg, ulysses, ring)."""
+    process: the worker's number in the layout (batch, cfg, ulysses, ring)."""
 
     epoch: int
     name: str
     store: str
     process: int
-    layout: tuple[int, int, int]
+    layout: tuple[int, int, int, int]
     backend: str
     timeout_s: float
 
@@ -105,8 +105,9 @@ class Forward:
     """Join one model call; its tensors (`metas`) follow over the groups.
 
     arguments: of network.method: [positional names, arguments, options], the latter two encoded;
-    call: facts of this call (runs.py). Answer of the leader of branch 1: {"out": encoded output,
-    "metas": of its tensors}, which follow over the groups.
+    call: facts of this call (runs.py); is_timed: wait for the device, to say how long it took.
+    Answer of the leader of a lane but the first: {"out": encoded output, "metas": of its tensors},
+    which follow over the groups, and "seconds": None if not timed.
     """
 
     key: str
@@ -115,6 +116,7 @@ class Forward:
     arguments: Any
     metas: list[Any]
     call: Any
+    is_timed: bool = False
 
 
 @dataclass(frozen=True)

@@ -16,15 +16,18 @@ from .runs import NAME, config_fields
 from .shards import PlanError
 
 
-def checked_plan(network: torch.nn.Module) -> TokenPlan | str:
-    """The network's plan, checked against it, or the sentence that says why there is none."""
+def checked_plan(network: torch.nn.Module) -> tuple[TokenPlan | None, str]:
+    """The network's plan, checked against it; else None and the sentence that says why."""
     plan = find_plan(network)
-    if isinstance(plan, TokenPlan):
-        try:
-            bind(plan, network)
-        except PlanError as error:
-            return f"{error}. It runs on one device; this needs an update of the pack."
-    return plan
+    if not isinstance(plan, TokenPlan):
+        return None, plan
+    try:
+        bind(plan, network)
+    except PlanError as error:
+        return None, (
+            f"{error}. Only images of a batch and prompts are shared until the pack is updated."
+        )
+    return plan, ""
 
 
 def travelling(run: Run) -> dict[str, dict[str, Any]] | str:

@@ -1,17 +1,17 @@
 """The worker processes of this ComfyUI: started once, kept warm, shared by all models.
 
 `prepare` makes sure that the right workers run and have a model with its patches, `begin_run` has
-them put it on their devices; `links` joins them in groups; `share` runs one model call with a
-branch of them. A fault inside any of these
-drops the groups, keeps the workers that answer and raises the first cause; the next call goes on
-with new groups, and new workers where some were lost.
+them put it on their devices; `links` joins them in groups; `hand_over` gives a lane of them its
+part of a model call. A fault inside any of these drops the groups, keeps the workers that answer
+and raises the first cause; the next call goes on with new groups, and new workers where some were
+lost.
 """
 
 import atexit
 import logging
 import os
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .bundle import send_bundle
 from .channel import ChannelClosed
 from .comm import GLOO, NCCL, Clock, TransportError
 from .crew import Crew, Setting
@@ -40,9 +39,10 @@ from .messages import (
     Unload,
 )
 from .runs import RunFacts
+from .ticket import Ticket, hand_over
 from .watch import Watch
-from .wire import Meta, encode
-from .workers import Meanwhile, Worker, WorkerError, ask, collect, failure, is_there, recover
+from .wire import encode
+from .workers import Meanwhile, Worker, WorkerError, ask, collect, is_there, recover
 
 CheckLinks = Callable[[Sequence[str]], tuple[dict[str, str], str]]
 _LOAD_TIMEOUT_S = 1800  # a worker that dies while it loads is noticed at once
@@ -71,7 +71,7 @@ class Model:
 
 
 class Pool:
-    """Rank 0's workers. One thread at a time, but `remote` may run beside `share`."""
+    """Rank 0's workers. One thread at a time, but two branches may hand over calls of their own."""
 
     def __init__(
         self,
@@ -88,6 +88,9 @@ class Pool:
         self._is_cancelled, self._check_links = is_cancelled, check_links
         self._checked: set[tuple[str, ...]] = set()  # pairs of GPUs
         self.link_bytes_per_s: float | None = None
+        self.row_seconds: dict[
+            Hashable, list[float]
+        ] = {}  # of each lane, as distribute.py measured
         self._clock = Clock(torch.device("cpu"))
 
     @property
@@ -226,7 +229,7 @@ class Pool:
         with self._guarded(setting.timeout_s):
             if not self._links:
                 self._epoch += 1
-            degrees = (layout.cfg, layout.ulysses, layout.ring)
+            degrees = layout.degrees
             name = "-".join(map(str, (self._epoch, *degrees, setting.timeout_s)))
             path = str(self.crew.folder / f"store-{name}")
             members = self.workers[: layout.world - 1]
@@ -256,7 +259,7 @@ class Pool:
         return NCCL if on_gpus and dist.is_nccl_available() and os.name != "nt" else GLOO
 
     def _measure(self, links: Links, name: str, setting: Setting) -> None:
-        """Speed of the links between the ranks of branch 0."""
+        """Speed of the links between the ranks of lane 0."""
         if links.mesh is None or self.link_bytes_per_s is not None:
             return
         members = self.workers[: links.layout.ranks - 1]
@@ -274,62 +277,25 @@ class Pool:
 
     # --- calls
 
-    @contextmanager
-    def share(
-        self, links: Links, message: Forward, tensors: Sequence[torch.Tensor], *, timeout_s: float
-    ) -> Iterator[None]:
-        """Hand a call to the workers of branch 0; inside, this process does its own part."""
-        members = self._members(links, 0)
-        with self._watched(links, members, timeout_s):
-            self._hand_over(links, 0, message, tensors)
-            yield
-            collect(members, timeout_s=timeout_s)
+    def over(
+        self, links: Links, lanes: Iterable[int], *, timeout_s: float | None
+    ) -> AbstractContextManager[None]:
+        """Around one call of these lanes, from its first byte to its last result."""
+        members = [worker for lane in lanes for worker in self._members(links, lane)]
+        return self._watched(links, members, timeout_s)
+
+    def hand_over(
+        self, links: Links, lane: int, message: Forward, tensors: Sequence[torch.Tensor]
+    ) -> Ticket:
+        """Give a lane its part of a call, inside `over`; it begins at once."""
+        return hand_over(links, lane, self._members(links, lane), message, tensors)
 
     def settle(self) -> None:
         """Wait until the device has done its part of all shared calls. Raises TransportError."""
         self._watch.settle()
 
-    def remote(
-        self,
-        links: Links,
-        message: Forward,
-        tensors: Sequence[torch.Tensor],
-        *,
-        waiting: Callable[[], AbstractContextManager[None]],
-        meanwhile: Meanwhile,
-        timeout_s: float,
-    ) -> tuple[Any, list[torch.Tensor]]:
-        """Hand a call to branch 1 and wait for its output: encoded, and the tensors beside it.
-
-        The answer is waited for inside `waiting`; `meanwhile` raises to give up.
-        """
-        leader, *others = members = self._members(links, 1)
-        with self._watched(links, members, None):
-            self._hand_over(links, 1, message, tensors)
-            with waiting():
-                answer = leader.answer(None, meanwhile=meanwhile)
-            if isinstance(answer, Failed):
-                raise failure(leader, answer)
-            received = []
-            assert links.relay is not None
-            for found in answer.facts["metas"]:
-                meta = Meta.from_json(found)
-                tensor = torch.empty(meta.shape, dtype=meta.dtype, device=links.clock.device)
-                links.relay.recv(tensor, source=1)
-                received.append(tensor)
-            collect(others, timeout_s=timeout_s)
-        return answer.facts["out"], received
-
-    def _members(self, links: Links, branch: int) -> list[Worker]:
-        return [self.workers[p - 1] for p in links.layout.members(branch) if p > 0]
-
-    def _hand_over(
-        self, links: Links, branch: int, message: Forward, tensors: Sequence[torch.Tensor]
-    ) -> None:
-        for worker in self._members(links, branch):
-            worker.send(message)
-        with links.clock.measure("broadcast"):
-            send_bundle(links.entry(branch), tensors)
+    def _members(self, links: Links, lane: int) -> list[Worker]:
+        return [self.workers[p - 1] for p in links.layout.members(lane) if p > 0]
 
     @contextmanager
     def recovered(self, timeout_s: float) -> Iterator[None]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..backends.report import Section
+from .distribute import Lane
 from .mesh import Layout
 
 
@@ -16,6 +17,7 @@ class Counts:
     local: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
     layouts: dict[Layout, int] = field(default_factory=dict)
+    lanes: dict[Layout, dict[int, Lane]] = field(default_factory=dict)  # by layout and number
     seconds: dict[str, float] = field(default_factory=dict)
     bytes_sent: int = 0
     devices: tuple[str, ...] = ()
@@ -36,6 +38,8 @@ def section(counts: Counts) -> Section:
     compute = max(total - exchange - broadcast, 0.0)
     found: dict[str, Any] = {
         "workers": counts.workers,
+        "layout": str(layout),
+        "batch": layout.batch,
         "ulysses": layout.ulysses,
         "ring": layout.ring,
         "cfg": layout.cfg,
@@ -49,12 +53,33 @@ def section(counts: Counts) -> Section:
         },
         "bytes_exchanged": counts.bytes_sent,
         "devices": list(counts.devices),
+        "rows": [
+            {
+                "devices": list(lane.devices),
+                "rows": lane.num_rows,
+                "ms_per_row": None if lane.row_s is None else round(lane.row_s * 1000, 1),
+            }
+            for lane in _lanes(counts, layout)
+        ],
         "link_bytes_per_s": counts.link_bytes_per_s,
         "worker_device_bytes": [one["device_bytes"] for one in counts.memory],
         "worker_private_bytes": [one["private_bytes"] for one in counts.memory],
     }
     share = (exchange + broadcast) / max(total, 1e-9)
     return Section(found, tuple(_lines(counts, layout, share)))
+
+
+def _lanes(counts: Counts, layout: Layout) -> list[Lane]:
+    found = counts.lanes.get(layout, {})
+    return [found[number] for number in sorted(found)]
+
+
+def _said(lane: Lane) -> str:
+    name = "+".join(lane.devices)
+    pace = "" if lane.row_s is None else f", {lane.row_s * 1000:.0f} ms each"
+    if not lane.num_rows:
+        return f"{name} left out (too slow for one{pace})"
+    return f"{name} {lane.num_rows}{pace}"
 
 
 def _lines(counts: Counts, layout: Layout, share: float) -> list[str]:
@@ -67,6 +92,9 @@ def _lines(counts: Counts, layout: Layout, share: float) -> list[str]:
     if counts.shared:
         head += f", exchange and broadcast {share:.0%} of their time"
     lines = [head]
+    lanes = _lanes(counts, layout)
+    if lanes:
+        lines.append("rows of a batch: " + ", ".join(map(_said, lanes)))
     peaks = [one["device_bytes"] for one in counts.memory if one["device_bytes"]]
     if peaks:
         shown = ", ".join(f"{peak / (1 << 30):.1f}" for peak in peaks)

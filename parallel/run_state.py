@@ -4,7 +4,6 @@ Every call that cannot be shared runs on rank 0 alone and is counted with its re
 Pool and on what apply.py found out about the MODEL; touches no ComfyUI.
 """
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -12,31 +11,25 @@ from typing import Any
 
 import torch
 
+from ..backends.architectures.rows import are_frames
 from ..backends.calls import CALL, ModelCall
 from ..backends.report import Section
 from ..backends.run import Run
-from . import block_cache
-from .attention import SharedAttention, options_of_part
-from .bind import Bound, bind
+from . import batch, block_cache
 from .comm import TransportError
 from .config import SequenceParallelConfig, choose_layout
-from .control import local_control
-from .cost import Meter, advice
-from .engine import Call
-from .hooks import installed
+from .cost import Meter, advice, advice_on_rows
+from .distribute import Distributor, Done
 from .launcher import StartFailed
-from .mesh import Layout, Links
-from .messages import Forward
+from .mesh import Layout
 from .network_call import NetworkCall
 from .report import Counts, section
-from .route import BRANCH, Baton, Cancelled
-from .runs import CallFacts, RunFacts
+from .route import Baton, Cancelled
+from .runs import RunFacts
 from .shards import PlanError
-from .shared import OVERRIDE, Alone, BeginAgain, Shared
-from .wire import Meta, Unsupported, decode, encode
+from .shared import Alone, BeginAgain, Shared
 from .workers import WorkerError
 
-_DROPPED = ("wrappers", "callbacks", OVERRIDE, "patches", "patches_replace")
 _JUDGED_CALL = 2  # the first shared call of a run warms up
 
 
@@ -58,15 +51,14 @@ class ParallelRun:
         self, run: Run, config: SequenceParallelConfig, shared: Shared | None, reason: str = ""
     ):
         self.run, self.config, self.shared, self.reason = run, config, shared, reason
-        self.layout: Layout | None = None
-        self.baton: Baton | None = None  # while two branches run
+        self.pair: tuple[Layout, Baton] | None = None  # while two branches run
         self.decisions = block_cache.Decisions()
         self.counts = Counts(workers=len(shared.devices) if shared else 1)
-        self._bound: dict[int, Bound] = {}
         self._is_attached = False
         if shared is not None:
             self.counts.devices = shared.devices
             self._meter = Meter(shared.pool.clock_of(shared.device))
+            self._distributor = Distributor(run, shared, config, self.decisions)
 
     @property
     def keeps_tensors(self) -> bool:
@@ -75,23 +67,38 @@ class ParallelRun:
 
     # --- layout
 
-    def choose(self, num_conds: int) -> Layout | None:
-        """The layout for the calls of an evaluation of so many conditionings; None: one device."""
+    def choose(self, num_rows: int, num_conds: int = 1, *, has_plan: bool = True) -> Layout | None:
+        """The layout of calls with so many rows, so many of which may run at once, or None.
+
+        has_plan: False where the tokens of these calls cannot be shared.
+        """
         self._attach_cache()
-        self.layout = None
-        if self.shared is not None and not self.reason:
-            self.layout = choose_layout(
-                self.config,
-                world=len(self.shared.devices),
-                num_conds=num_conds,
-                num_heads=self.shared.num_heads,
-            )
-        return self.layout
+        if self.shared is None or self.reason:
+            return None
+        return choose_layout(
+            self.config,
+            world=len(self.shared.devices),
+            num_heads=self.shared.num_heads,
+            num_rows=1 if self.shared.one_lane else num_rows,
+            num_conds=num_conds,
+            has_plan=has_plan and self.shared.plan is not None,
+        )
+
+    def share_of(self, num_rows: int, *, here: bool = True) -> float:
+        """How much of a call of so many rows one rank computes: this one, or the busiest."""
+        found = 0.0
+        for num_conds in (1, 2):
+            layout = self.pair[0] if self.pair else self.choose(num_rows, num_conds)
+            if layout is None:
+                return 1.0
+            counts = self._distributor.deal(layout, num_rows)
+            rows = counts[0] if here else max(counts)
+            found = max(found, rows / max(num_rows, 1) / layout.ranks)
+        return found
 
     def stop_sharing(self, reason: str) -> None:
         """No further call of this run is shared."""
         self.reason = reason
-        self.layout = None
         self.run.note(reason)
 
     def forget(self) -> None:
@@ -129,11 +136,17 @@ class ParallelRun:
         now.num_ranks = 1
         return self.alone(reason, now, partial(call.run, executor))
 
-    def prepare(self, call: ModelCall, network: torch.nn.Module, options: dict[str, Any]) -> None:
+    def prepare(
+        self,
+        call: ModelCall,
+        network: torch.nn.Module,
+        options: dict[str, Any],
+        num_rows: int,
+    ) -> None:
         """Note in `call` how many ranks will share it, before a block cache decides about it."""
-        layout = self.layout or self.choose(1)
+        layout = self.pair[0] if self.pair else self.choose(num_rows)
         is_shared = layout is not None and self.refusal(network, options) is None
-        call.num_ranks = layout.ranks if layout is not None and is_shared else 1
+        call.num_ranks = layout.batch * layout.ranks if layout is not None and is_shared else 1
 
     def refusal(self, network: torch.nn.Module, options: dict[str, Any]) -> str | None:
         """Why no call of `network` with these transformer_options can be shared, or None."""
@@ -149,33 +162,22 @@ class ParallelRun:
         network: torch.nn.Module,
     ) -> Any:
         """A call over all ranks of the layout. Raises Alone where that cannot be."""
-        layout = self.layout or self.choose(1)
         reason = self.refusal(network, call.options)
         if reason is not None:
             raise Alone(reason)
-        assert self.shared is not None
-        assert layout is not None
-        plan = self.shared.plan
-        if layout.ranks == 1 and self.baton is None:
-            raise Alone("one conditioning: cfg has nothing to split")
-        reason = plan.refuse and plan.refuse(call.arguments, call.options)
-        if reason:
-            raise Alone(reason)
-        try:
-            encoded, tensors = call.encode(plan.rebuilt, dropped=_DROPPED)
-        except Unsupported as error:
-            raise Alone(f"{error}, which cannot travel") from None
+        layout = self._layout_of(call)
+        parts = self._distributor.parts(layout, call)
         try:
             with self._barrier():
-                has_workers = self._have_workers(call.options[CALL], tensors[0].shape)
+                has_workers = self._have_workers(call)
                 if has_workers:
-                    links, message = self._message(layout, call, method, encoded, tensors)
-                    if call.options.get(BRANCH):
-                        out = self._remote(links, message, tensors)
-                    else:
-                        out = self._together(links, message, tensors, call, executor)
+                    done = self._distributor.carry_out(
+                        layout, parts, method, executor,
+                        baton=self.pair[1] if self.pair else None,
+                        is_judged=self.counts.shared + 1 == _JUDGED_CALL,
+                    )  # fmt: skip
         except (PlanError, StartFailed) as error:
-            if self.baton is not None:
+            if self.pair is not None:
                 raise  # the pair of branches is repeated on one device
             if isinstance(error, StartFailed) and self.config.is_explicit:
                 raise
@@ -184,26 +186,59 @@ class ParallelRun:
             raise Alone(reason) from None
         if not has_workers:
             raise BeginAgain("")
+        if self.pair is None:
+            self.decisions.shared()
         self.counts.shared += 1
         self.counts.layouts[layout] = self.counts.layouts.get(layout, 0) + 1
-        return out
+        self._judge(layout, done)
+        return done.output
 
-    def _have_workers(self, call: ModelCall, shape: Sequence[int]) -> bool:
+    def _layout_of(self, call: NetworkCall) -> Layout:
+        """The layout for one call. Raises Alone where there is nothing to share in it."""
+        shared = self.shared
+        assert shared is not None
+        plan = shared.plan
+        refusal = plan.refuse and plan.refuse(call.arguments, call.options) if plan else None
+        num_rows = 1 if are_frames(call.arguments) else batch.rows(call.arguments) or 1
+        if self.pair is not None:
+            layout = self.pair[0]
+            if layout.ranks > 1 and refusal:
+                raise Alone(refusal)
+            return layout
+        found = self.choose(num_rows, has_plan=not refusal)
+        assert found is not None
+        if self.config.batch > 1 and found.batch == 1:
+            self._say_why_no_rows(found, num_rows)
+        if found.world == 1:
+            raise Alone(refusal or shared.no_plan or "one conditioning: cfg has nothing to split")
+        return found
+
+    def _say_why_no_rows(self, layout: Layout, num_rows: int) -> None:
+        """Once a run, to who asked for a batch to be shared."""
+        assert self.shared is not None
+        sentence = self.shared.one_lane
+        if not sentence and num_rows == 1 and layout.ranks > 1:
+            sentence = "Batch of 1 and one prompt: tokens are shared instead."
+        if sentence and sentence not in self.run.notes:
+            self.run.note(sentence)
+
+    def _have_workers(self, call: NetworkCall) -> bool:
         """Whether workers can join this call, which a block cache may have decided about already.
 
         Starts new ones where some are gone.
         """
         shared = self.shared
         assert shared is not None
-        if self.baton is not None and self.baton.is_cancelled:
+        if self.pair is not None and self.pair[1].is_cancelled:
             raise Cancelled  # nothing may be repaired before the fault has been dealt with
         if self._are_ready():
             return True
-        is_too_late = self.counts.shared > 0 and self.decisions.lost(call)
+        is_too_late = self.counts.shared > 0 and self.decisions.lost(call.options[CALL])
         shared.pool.prepare(
             shared.devices, shared.setting, shared.model, meanwhile=shared.meanwhile
         )
-        self.begin_workers(shape)
+        latent = batch.latent(call.arguments)
+        self.begin_workers(latent.shape if latent is not None else ())
         if not self._are_ready():
             raise WorkerError("The workers ended while they loaded the model: see ComfyUI's log")
         return not is_too_late
@@ -222,7 +257,7 @@ class ParallelRun:
         facts = RunFacts(
             id=self.run.id,
             sigmas=self.run.sigmas,
-            memory_bytes=shared.memory_bytes(shape) // self.least_ranks + self.groups_bytes,
+            memory_bytes=self._memory_bytes(shape) + self.groups_bytes,
             techniques=shared.techniques,
         )
         shared.pool.begin_run(shared.devices, shared.model, facts)
@@ -233,107 +268,12 @@ class ParallelRun:
         assert self.shared is not None
         return self.shared.pool.groups_bytes(self.shared.devices)
 
-    @property
-    def least_ranks(self) -> int:
-        """Of the layouts that this run may choose: what every rank computes is divided by it."""
+    def _memory_bytes(self, shape: Sequence[int]) -> int:
+        """What a call on a latent of `shape` needs on the busiest worker."""
         assert self.shared is not None
-        return min(
-            choose_layout(
-                self.config,
-                world=len(self.shared.devices),
-                num_conds=num_conds,
-                num_heads=self.shared.num_heads,
-            ).ranks
-            for num_conds in (1, 2)
-        )
-
-    def _message(
-        self,
-        layout: Layout,
-        call: NetworkCall,
-        method: str,
-        encoded: Any,
-        tensors: list[torch.Tensor],
-    ) -> tuple[Links, Forward]:
-        """The groups and the Forward for a call."""
-        shared = self.shared
-        assert shared is not None
-        links = shared.pool.links(layout, shared.setting, shared.device)
-        now = call.options[CALL]
-        facts = CallFacts.of(self.run, now, decisions=self.decisions.take_early(now))
-        message = Forward(
-            key=shared.model.load.key,
-            groups=links.name,
-            method=method,
-            arguments=encoded,
-            metas=[Meta.of(t).to_json() for t in tensors],
-            call=encode(facts.to_dict(), []),
-        )
-        return links, message
-
-    def _together(
-        self,
-        links: Links,
-        message: Forward,
-        tensors: list[torch.Tensor],
-        call: NetworkCall,
-        executor: Callable[..., Any],
-    ) -> Any:
-        """This process's part of a call that branch 0 shares."""
-        shared = self.shared
-        assert shared is not None
-        if links.mesh is None:  # the branch is this process alone
-            with links.clock.measure("call"):
-                return call.run(executor)
-        plan = shared.plan.for_call(call.arguments)
-        if id(plan) not in self._bound:
-            self._bound[id(plan)] = bind(plan, shared.network)
-        part = Call(
-            self._bound[id(plan)], links.mesh, links.clock, may_skip="cache" in shared.techniques
-        )
-        own = SharedAttention(part, call.options.get(OVERRIDE))
-        local = call.with_(
-            local_control(part, call.arguments),
-            options_of_part(shared.network, call.options, own),
-        )
-        is_judged = self.counts.shared + 1 == _JUDGED_CALL
-        meter = Meter(links.clock) if is_judged else None  # reading a clock waits for the device
-        call.options[CALL].num_ranks = links.layout.ranks
-        self.decisions.mesh = links.mesh
-        try:
-            with (
-                links.clock.measure("call"),
-                shared.pool.share(links, message, tensors, timeout_s=self.config.timeout_s),
-                installed(part),
-            ):
-                out = local.run(executor)
-        finally:
-            self.decisions.mesh = None
-        self.decisions.shared()
-        if meter is not None:
-            self._judge(links.layout, part, meter)
-        return out
-
-    def _remote(self, links: Links, message: Forward, tensors: list[torch.Tensor]) -> Any:
-        """A call that branch 1 does without this process."""
-        shared, baton = self.shared, self.baton
-        assert shared is not None
-        assert baton is not None
-        over_since: list[float] = []
-
-        def watch() -> None:
-            if baton.is_cancelled:
-                raise Cancelled
-            if baton.first_is_over.is_set():
-                over_since.append(time.monotonic())
-                if time.monotonic() - over_since[0] > self.config.timeout_s:
-                    raise TimeoutError
-
-        found, received = shared.pool.remote(
-            links, message, tensors,
-            waiting=baton.released, meanwhile=watch, timeout_s=self.config.timeout_s,
-        )  # fmt: skip
-        return decode(found, received, device=shared.device)
+        if not shape:
+            return 0
+        return int(self.shared.memory_bytes(shape) * self.share_of(shape[0], here=False))
 
     def alone(self, reason: str, call: ModelCall, function: Callable[[], Any]) -> Any:
         """A call on rank 0 only, counted with its reason; shown on the node the first time."""
@@ -346,7 +286,7 @@ class ParallelRun:
     @contextmanager
     def _barrier(self) -> Iterator[None]:
         """Faults are dealt with here, or around both branches if there are two."""
-        if self.baton is not None:
+        if self.pair is not None:
             yield
             return
         with self.recovered():
@@ -380,11 +320,16 @@ class ParallelRun:
 
     # --- cost and report
 
-    def _judge(self, layout: Layout, part: Call, meter: Meter) -> None:
+    def _judge(self, layout: Layout, done: Done) -> None:
         """Say if one device would be faster, and use it from now on if nobody asked for more."""
         assert self.shared is not None
-        rate = self.shared.pool.link_bytes_per_s or float("inf")
-        sentence = advice(meter.measured(sum(part.lengths.values()), rate), layout)
+        sentence = None
+        if done.timed is not None:
+            one_s = done.timed.own_s / done.timed.own_rows * done.timed.num_rows
+            sentence = advice_on_rows(done.timed.total_s, one_s, layout)
+        elif done.meter is not None and layout.batch == 1:
+            rate = self.shared.pool.link_bytes_per_s or float("inf")
+            sentence = advice(done.meter.measured(done.num_tokens, rate), layout)
         if sentence is None:
             return
         if self.config.is_explicit:
@@ -397,6 +342,7 @@ class ParallelRun:
             self.counts.seconds = self._meter.seconds()
             self.counts.bytes_sent = self._meter.bytes_sent()
             self.counts.link_bytes_per_s = self.shared.pool.link_bytes_per_s
+            self.counts.lanes = self._distributor.lanes
             if self.counts.shared:
                 self.counts.memory = self.shared.pool.end_run()
         return section(self.counts)
@@ -404,8 +350,10 @@ class ParallelRun:
     def close(self) -> None:
         """Drop what the run kept, here and on the workers."""
         shared, self.shared = self.shared, None
-        self._bound.clear()
-        if shared is None or not self.counts.shared:
+        if shared is None:
+            return
+        self._distributor.close()
+        if not self.counts.shared:
             return
         if any(worker.run == self.run.id for worker in shared.pool.workers):
             shared.pool.end_run()

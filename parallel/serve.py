@@ -6,24 +6,28 @@ groups, so that peers that wait for this worker fail at once.
 """
 
 import gc
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
+from ..backends.architectures import Architecture, find, whole_sequence
 from ..backends.architectures.plans import find_plan
 from ..backends.architectures.tokens import TokenPlan
 from .attention import SharedAttention, options_of_part
 from .bind import Bound, bind
 from .bundle import receive_bundle
 from .channel import Channel, ChannelClosed
-from .comm import Clock, TransportError
+from .comm import Clock, Group, StopWatch, TransportError
 from .control import local_control
 from .engine import Call, EarlyExit
 from .hooks import installed
-from .mesh import Layout, Links, Mesh
+from .mesh import Layout, Links
 from .messages import (
     ERROR,
     MEMORY,
@@ -51,6 +55,7 @@ from .wire import Meta, decode, encode
 
 OVERRIDE = "optimized_attention_override"
 _START_S = 120
+_HAND_BACK_S = 86400  # rank 0 closes its groups before that if it will not take the output
 
 
 class Model(Protocol):
@@ -81,18 +86,29 @@ class Server:
     """Answers rank 0 until it goes away, says Exit, or is silent for idle_s (0: for ever).
 
     Before the first model is here, other workers may still be starting, which is no idleness.
+    interrupt(True), from another thread, makes a running call of a network raise at its next
+    operation; interrupt(False) takes that back.
     """
 
-    def __init__(self, channel: Channel, models: Models, device: torch.device, idle_s: float):
+    def __init__(
+        self,
+        channel: Channel,
+        models: Models,
+        device: torch.device,
+        idle_s: float,
+        interrupt: Callable[[bool], None] = lambda value: None,
+    ):
         self.channel, self.models, self.device, self.idle_s = channel, models, device, idle_s
         self.clock = Clock(device, is_timing=False)
         self._links: dict[str, Links] = {}
         self._epoch = 0
         self._bound: dict[tuple[int, int], Bound] = {}
         self._run: WorkerRun | None = None
-        self._mesh: Mesh | None = None  # of the latest call
+        self._entry: Group | None = None  # of the latest call: rank 0 and this lane
         self._decisions: list[bool] = []
         self._has_worked = False
+        self._interrupt, self._is_interrupted, self._is_computing = interrupt, False, False
+        self._computing = threading.Lock()  # of the latter two
 
     def serve(self) -> None:
         """The message loop."""
@@ -179,8 +195,8 @@ class Server:
         if message.epoch != self._epoch:
             self._drop_links()
             self._epoch = message.epoch
-        cfg, ulysses, ring = message.layout
-        layout = Layout(cfg=cfg, ulysses=ulysses, ring=ring)
+        batch, cfg, ulysses, ring = message.layout
+        layout = Layout(batch=batch, cfg=cfg, ulysses=ulysses, ring=ring)
         self._links[message.name] = Links(
             layout, message.process, dist.FileStore(message.store, layout.world),
             name=message.name, backend=message.backend, timeout_s=message.timeout_s,
@@ -193,10 +209,34 @@ class Server:
         self._links.clear()
 
     def abort(self, epoch: int) -> None:
-        """From another thread: free this one, should it wait in groups of `epoch`."""
-        if epoch == self._epoch:
-            for links in list(self._links.values()):
-                links.abort()
+        """From another thread: free this one, should it wait in groups of `epoch` or compute.
+
+        Nobody wants the rows of a lane any more, and they may take a minute.
+        """
+        if epoch != self._epoch:
+            return
+        for links in list(self._links.values()):
+            links.abort()
+        with self._computing:
+            if self._is_computing:
+                self._is_interrupted = True
+                self._interrupt(True)
+
+    @contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        with self._computing:
+            self._is_computing, self._is_interrupted = True, False
+        try:
+            yield
+        except BaseException:  # ComfyUI's interrupt is no Exception
+            if self._is_interrupted:
+                raise TransportError("the call was given up") from None
+            raise
+        finally:
+            with self._computing:
+                self._is_computing = False
+                if self._is_interrupted:
+                    self._interrupt(False)
 
     # --- model calls
 
@@ -204,8 +244,8 @@ class Server:
         links = self._links.get(message.groups)
         if links is None:
             raise TransportError(f"no groups {message.groups}")
-        group = links.entry(links.layout.branch(links.process))
-        tensors = receive_bundle(group, [Meta.from_json(m) for m in message.metas])
+        self._entry = links.entry(links.own_lane)
+        tensors = receive_bundle(self._entry, [Meta.from_json(m) for m in message.metas])
         model = self.models[message.key]
         call = NetworkCall.decode(message.arguments, tensors, self.device)
         facts = CallFacts(**decode(message.call, []))
@@ -213,23 +253,25 @@ class Server:
         run = self._run
         assert run is not None, "Ready comes first"
         assert run.id == facts.run
-        self._mesh = links.mesh
         forward = self._part(model.network, message.method, links)
-        out = run.call(facts, model.network, call, forward)
-        is_leader = links.layout.branch(links.process) > 0 and links.layout.rank(links.process) == 0
-        if not is_leader:
+        clock = StopWatch(self.device if message.is_timed else None)
+        with self._interruptible():
+            out = run.call(facts, model.network, call, forward)
+        seconds = clock.seconds()
+        if links.own_lane == 0 or links.layout.rank(links.process) > 0:
             return None, []
         output: list[torch.Tensor] = []
         encoded = encode(out, output)
         output = [t.to(self.device).contiguous() for t in output]
-        return {"out": encoded, "metas": [Meta.of(t).to_json() for t in output]}, output
+        metas = [Meta.of(t).to_json() for t in output]
+        return {"out": encoded, "metas": metas, "seconds": seconds}, output
 
     def _part(self, network: torch.nn.Module, method: str, links: Links) -> Callable[..., Any]:
         """This rank's part of network.method, to be run inside the techniques' wrappers."""
         function = getattr(network, method)
         mesh = links.mesh
         if mesh is None:
-            return function
+            return partial(_rows, function, find(network))
 
         def part(*args: Any, **kwargs: Any) -> Any:
             whole = NetworkCall.of(function, args, kwargs)
@@ -262,10 +304,9 @@ class Server:
         """Rank 0's decision of a block cache: known before the call, or sent within it."""
         if self._decisions:
             return self._decisions.pop(0)
-        if self._mesh is None:
-            return reuse
+        assert self._entry is not None
         flag = torch.zeros(1, dtype=torch.uint8, device=self.device)
-        self._mesh.main.broadcast(flag, root=0)
+        self._entry.broadcast(flag, root=0)
         return bool(flag.item())
 
     def _end_run(self) -> None:
@@ -274,16 +315,26 @@ class Server:
             run.close()
 
     def _hand_back(self, message: Message, output: list[torch.Tensor]) -> None:
-        """Send a branch's output to rank 0. A failure is rank 0's to notice."""
+        """Send a lane's output to rank 0, which may still be at its own part.
+
+        A failure is rank 0's to notice.
+        """
         if not isinstance(message, Forward):
             return
         links = self._links[message.groups]
         try:
             for tensor in output:
-                assert links.relay is not None
-                links.relay.send(tensor, to=0)
+                links.entry(links.own_lane).send(tensor, to=0, patience_s=_HAND_BACK_S)
         except TransportError:
             self._drop_links()
+
+
+def _rows(
+    function: Callable[..., Any], architecture: Architecture | None, *args: Any, **kwargs: Any
+) -> Any:
+    """A call of a network on some rows of a batch: it may not use what it kept of others."""
+    call = NetworkCall.of(function, args, kwargs)
+    return call.with_(options=whole_sequence(architecture, call.options)).run(function)
 
 
 def _cause(error: Exception) -> str:

@@ -37,9 +37,10 @@ class BeginAgain(Exception):  # noqa: N818 - no error
 class Shared:
     """A MODEL that workers can have.
 
-    meanwhile: raises when the user interrupts; memory_bytes: of a call on a latent of a shape;
-    busy_devices: those that this process's own models use; tell: shows a sentence on the node that
-    runs.
+    plan: None where tokens cannot be shared, which `no_plan` says; one_lane: the sentence for a
+    network whose rows are shared by nobody, or ""; meanwhile: raises when the user interrupts;
+    memory_bytes: of a call on a latent of a shape; busy_devices: those that this process's own
+    models use; tell: shows a sentence on the node that runs.
     """
 
     pool: Pool
@@ -48,13 +49,15 @@ class Shared:
     setting: Setting
     model: Model
     network: torch.nn.Module
-    plan: TokenPlan
+    plan: TokenPlan | None
     num_heads: int | None
     techniques: dict[str, dict[str, Any]]
     meanwhile: Callable[[], None]
     memory_bytes: Callable[[Sequence[int]], int]
     busy_devices: Callable[[], Sequence[str]] = tuple
     tell: Callable[[str], None] = lambda sentence: None
+    no_plan: str = ""
+    one_lane: str = ""
 
     def refusal(self, network: torch.nn.Module, options: Mapping[str, Any]) -> str | None:
         """Why no call of `network` with these transformer_options can be shared, or None."""

@@ -40,7 +40,9 @@ def main(arguments: Sequence[str]) -> None:
     given["cpu"] = device.type == "cpu"
     worker_host.become_comfyui(start.comfyui, given)
     channel.send(Done())
-    server = Server(channel, LoadedModels(device), device, start.idle_s)
+    server = Server(
+        channel, LoadedModels(device), device, start.idle_s, interrupt=worker_host.interrupt
+    )
     lifeline.on_abort = server.abort
     with_room(server.serve)
     sys.stdout.flush()

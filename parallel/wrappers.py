@@ -11,6 +11,7 @@ from ..backends.architectures import find
 from ..backends.calls import CALL, call_options
 from ..backends.run import current
 from .launcher import StartFailed
+from .mesh import Layout
 from .network_call import NetworkCall
 from .route import BRANCH, Baton, can_route, run_both
 from .run_state import ParallelRun, no_workers
@@ -53,7 +54,8 @@ def apply_model(executor: Any, *args: Any, **kwargs: Any) -> Any:
     if state is None or wraps or "forward" in network.__dict__:
         return executor(*args, **kwargs)
     assert options is not None
-    state.prepare(options[CALL], network, options)
+    x = kwargs["x"] if "x" in kwargs else args[0]
+    state.prepare(options[CALL], network, options, x.shape[0])
     try:
         with _taken_over(network, state):
             return executor(*args, **kwargs)
@@ -85,23 +87,38 @@ def calc_cond_batch(executor: Any, *args: Any, **kwargs: Any) -> Any:
     """CALC_COND_BATCH wrapper: chooses the layout, and runs two conditionings on two branches."""
     names = ("model", "conds", "x_in", "timestep", "model_options")
     given = {**dict(zip(names, args, strict=False)), **kwargs}
-    model, conds, model_options = given["model"], given["conds"], given["model_options"]
+    model, model_options = given["model"], given["model_options"]
     state = _state(model_options.get("transformer_options"))
-    if state is None or state.shared is None or state.baton is not None:
+    if state is None or state.shared is None or state.pair is not None:
         return executor(*args, **kwargs)
     if state.refusal(model.diffusion_model, model_options["transformer_options"]) is not None:
         return executor(*args, **kwargs)  # what the prompts have in one call stays together
-    routable = can_route(conds) and "cache" not in state.shared.techniques
-    layout = state.choose(2 if routable else 1)
+    layout = _layout(state, given)
     if layout is None:
         return executor(*args, **kwargs)
-    with _divided_memory(model, layout.ranks):
-        if layout.cfg == 1 or not routable:
-            return executor(*args, **kwargs)
-        return _routed(state, executor, given)
+    if layout.cfg == 2:
+        return _routed(state, executor, given, layout)
+    with _divided_memory(model, state, at_least=given["x_in"].shape[0]):
+        return executor(*args, **kwargs)
 
 
-def _routed(state: ParallelRun, executor: Any, given: dict[str, Any]) -> Any:
+def _layout(state: ParallelRun, given: dict[str, Any]) -> Layout | None:
+    """The layout of an evaluation's calls; with cfg 2: that both prompts are to run at once.
+
+    Prompts that ComfyUI puts into one call are rows of it, which need no second branch.
+    """
+    conds, num_rows = given["conds"], given["x_in"].shape[0]
+    assert state.shared is not None
+    if not can_route(conds) or "cache" in state.shared.techniques:
+        return state.choose(num_rows)
+    merged = state.choose(2 * num_rows)
+    may_merge = state.config.cfg != 2 and merged is not None and merged.batch > 1
+    if may_merge and worker_host.come_together(conds, given["x_in"], given["timestep"]):
+        return merged
+    return state.choose(num_rows, 2)
+
+
+def _routed(state: ParallelRun, executor: Any, given: dict[str, Any], layout: Layout) -> Any:
     """Two conditionings at once, on two branches; one after the other where that fails."""
     model, conds, model_options = given["model"], given["conds"], given["model_options"]
     assert state.shared is not None
@@ -112,12 +129,13 @@ def _routed(state: ParallelRun, executor: Any, given: dict[str, Any]) -> Any:
         marked = {**model_options, "transformer_options": {**options, BRANCH: number}}
         return executor(model, own, given["x_in"], given["timestep"], marked)[number]
 
-    state.baton = Baton()
+    baton = Baton()
+    state.pair = (layout, baton)
     try:
-        with state.recovered():
+        with state.recovered(), _divided_memory(model, state):
             return list(
                 run_both(
-                    state.baton,
+                    baton,
                     lambda: branch(0),
                     lambda: branch(1),
                     device=state.shared.device,
@@ -131,7 +149,7 @@ def _routed(state: ParallelRun, executor: Any, given: dict[str, Any]) -> Any:
             raise
         state.stop_sharing(no_workers(error))
     finally:
-        state.baton = None
+        state.pair = None
     return executor(model, conds, given["x_in"], given["timestep"], model_options)
 
 
@@ -139,7 +157,7 @@ def prepare_sampling(executor: Any, *args: Any, **kwargs: Any) -> Any:
     """PREPARE_SAMPLING wrapper: workers load while this process does, and it needs its part only.
 
     Activations are divided by the ranks, so that ComfyUI keeps as much of the weights here as the
-    workers do there.
+    workers do there, and leaves a batch in one call that no single device had room for.
     """
     names = ("model", "noise_shape", "conds", "model_options")
     given = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -147,20 +165,30 @@ def prepare_sampling(executor: Any, *args: Any, **kwargs: Any) -> Any:
     if state is None or state.shared is None:
         return executor(*args, **kwargs)
     state.begin_workers(given["noise_shape"])
-    with _divided_memory(given["model"].model, state.least_ranks, plus=state.groups_bytes):
+    with _divided_memory(given["model"].model, state, plus=state.groups_bytes):
         return executor(*args, **kwargs)
 
 
 @contextmanager
-def _divided_memory(model: Any, ranks: int, *, plus: int = 0) -> Iterator[None]:
-    """Have `model` (a BaseModel) say that a call needs 1/ranks of the memory, for a while.
+def _divided_memory(
+    model: Any, state: ParallelRun, *, at_least: int = 0, plus: int = 0
+) -> Iterator[None]:
+    """Have `model` (a BaseModel) say what a call needs of this rank's memory, for a while.
 
-    plus: bytes beside that.
+    at_least: rows that no call has less of. A larger one that is shared by so many lanes that this
+    rank has no more to do than in that one needs nothing more. plus: bytes beside the call.
     """
     whole = model.memory_required
 
-    def memory_required(*args: Any, **kwargs: Any) -> Any:
-        return whole(*args, **kwargs) / ranks + plus
+    def own_rows(num_rows: int) -> float:
+        return num_rows * state.share_of(num_rows)
+
+    def memory_required(input_shape: Any, *args: Any, **kwargs: Any) -> Any:
+        num_rows = input_shape[0]
+        is_free = num_rows > at_least > 0 and own_rows(num_rows) <= own_rows(at_least)
+        if is_free and state.counts.shared and not state.counts.local:
+            return 0
+        return whole(input_shape, *args, **kwargs) * state.share_of(num_rows) + plus
 
     before = model.__dict__.get("memory_required")
     model.memory_required = memory_required

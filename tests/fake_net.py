@@ -84,6 +84,8 @@ def break_down(kind, where, *, is_shared):
         raise torch.OutOfMemoryError("injected: CUDA out of memory")
     if kind == "hang":
         time.sleep(1000)
+    if kind == "nap":
+        time.sleep(0.2)
     if kind == "hang a while":
         time.sleep(4)
     if kind == "hang on the device":

@@ -108,6 +108,28 @@ class LateWork:
             time.sleep(0.005)  # a launch into a full queue
 
 
+class Transfer:
+    """A send or recv of gloo, which only knows that it is done once somebody has waited for it."""
+
+    def __init__(self, work):
+        self.work, self.error, self.is_over = work, None, False
+        threading.Thread(target=self.follow, daemon=True).start()
+
+    def follow(self):
+        try:
+            self.work.wait()
+        except RuntimeError as error:
+            self.error = error
+        self.is_over = True
+
+    def is_completed(self):
+        return self.is_over
+
+    def wait(self):
+        if self.error is not None:
+            raise self.error
+
+
 class Done:
     """A collective that this process believes in, and its device never sees."""
 
@@ -135,7 +157,8 @@ class LateGroup:
                 fake_net.Hanging.is_asked, self.is_dead = False, True
             if self.is_dead:
                 return Done()
-            return LateWork(self, getattr(self.group, method)(*args))
+            work = getattr(self.group, method)(*args)
+            return LateWork(self, Transfer(work) if method in ("send", "recv") else work)
 
         return call
 

@@ -38,18 +38,22 @@ def model(seed=0, patches=None):
 class Session:
     """One run that shares calls of a FakeTokenNet with the pool's workers."""
 
-    def __init__(self, pool, world=3, *, seed=0, patches=None, idle_s=0, **config):
+    def __init__(
+        self, pool, world=3, *, seed=0, patches=None, idle_s=0, plan=fake_net.PLAN, **config
+    ):
         self.net = fake_net.FakeTokenNet(seed)
         self.pool, self.index = pool, 0
         devices = ("cpu",) * world
         self.config = SequenceParallelConfig(
-            devices=",".join(devices), workers=world, timeout_s=TIMEOUT_S, cfg=1, **config
-        )
+            devices=",".join(devices), workers=world, timeout_s=TIMEOUT_S,
+            **{"cfg": 1, "batch": 1, **config},
+        )  # fmt: skip
         shared = Shared(
             pool=pool, devices=devices, device=torch.device("cpu"),
             setting=Setting("", {}, 1, TIMEOUT_S, idle_s), model=model(seed, patches),
-            network=self.net, plan=fake_net.PLAN, num_heads=3, techniques={},
+            network=self.net, plan=plan, num_heads=3, techniques={},
             meanwhile=lambda: None, memory_bytes=lambda shape: 0,
+            no_plan="" if plan else "No token plan",
         )  # fmt: skip
         self.run = Run(FakePatcher(torch.nn.Module()), torch.tensor([1.0, 0.0]), {})
         self.state = ParallelRun(self.run, self.config, shared)

@@ -68,6 +68,8 @@ class Notes:
     diffusion_model_wrappers: the class runs DIFFUSION_MODEL wrappers (else use APPLY_MODEL);
     reaches_override: its main attention passes transformer_options; options_through: the
     parameter of the blocks that they come in by (a function that holds them, if it is another);
+    unbatched: arguments (or keys in them) whose first dimension is not the batch, whatever its
+    length;
     block_ids: those options carry block_index; block_types: and block_type;
     prefetches: it drives core's prefetch queue itself; unet: blocks are U-Net levels, not one
     residual stream; in_place: blocks write into their input; adds_between: the host changes the
@@ -87,6 +89,7 @@ class Notes:
     adds_between: bool = False
     adds_from_stream: bool = False
     options_through: str = "transformer_options"
+    unbatched: tuple[str, ...] = ()
     whole_sequence: Mapping[str, Any] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
 

@@ -30,6 +30,6 @@ def find_plan(network: object) -> TokenPlan | str:
         return PLANS[name]
     why = f" ({REFUSED[name]})" if name in REFUSED else ""
     return (
-        f"No token plan for class {name}{why}: sequence parallel would be wrong. "
-        "Run without it or add one (docs/adding-an-architecture.md)."
+        f"No token plan for class {name}{why}: only images of a batch and prompts are shared "
+        "(docs/adding-an-architecture.md)."
     )

@@ -86,11 +86,14 @@ def test_cfg_halves_with_equal_and_unequal_prompts():
     model = tiny.load("wan", heads=3)
     for split in (False, True):
         expected = tiny.sample(model, "wan", split=split, cfg=4.0)
-        two = assert_shared(patched(model, "cpu,cpu"), "wan", expected, split=split, cfg=4.0)
-        assert two["cfg"] == 2
-        four = patched(model, "cpu,cpu,cpu,cpu")
-        found = assert_shared(four, "wan", expected, split=split, cfg=4.0)
-        assert (found["cfg"], found["ulysses"], found["workers"]) == (2, 2, 4)
+        for widgets in ({}, {"cfg": 2}):  # prompts of one length are rows of one call
+            lanes = ("batch" if not split and not widgets else "cfg", 2)
+            two = patched(model, "cpu,cpu", **widgets)
+            found = assert_shared(two, "wan", expected, split=split, cfg=4.0)
+            assert found[lanes[0]] == lanes[1]
+            four = patched(model, "cpu,cpu,cpu,cpu", **widgets)
+            found = assert_shared(four, "wan", expected, split=split, cfg=4.0)
+            assert (found[lanes[0]], found["ulysses"], found["workers"]) == (2, 2, 4)
 
 
 def test_one_prompt_uses_all_for_the_tokens():
@@ -414,15 +417,16 @@ def test_the_kill_switch(monkeypatch):
     assert "parallel" not in run_log(shared).latest().to_json()
 
 
-def test_an_unknown_architecture_runs_on_one_device():
+def test_one_row_of_an_unknown_architecture_runs_on_one_device():
     model = tiny.load("sd15")
     shared = patched(model)
-    assert torch.equal(tiny.sample(shared, "sd15"), tiny.sample(model, "sd15"))
+    expected = tiny.sample(model, "sd15", cfg=1.0)
+    assert torch.equal(tiny.sample(shared, "sd15", cfg=1.0), expected)
     assert any(note.startswith("No token plan for class UNetModel") for note in notes(shared))
     assert report(shared)["calls_distributed"] == 0
 
 
-def test_a_renamed_block_runs_on_one_device():
+def test_tokens_between_renamed_blocks_are_not_shared():
     model = tiny.load("wan", heads=3)
     expected = tiny.sample(model, "wan")
     network = model.model.diffusion_model
@@ -430,15 +434,17 @@ def test_a_renamed_block_runs_on_one_device():
     type(network).head_before = None
     network.__dict__["_modules"].pop("head")
     object.__setattr__(network, "head", network.end)
-    shared = patched(model)
-    assert torch.equal(tiny.sample(shared, "wan"), expected)
+    found = assert_shared(patched(model, "cpu,cpu"), "wan", expected)
+    assert (found["batch"], found["ulysses"]) == (2, 1), "rows need no plan"
+    shared = patched(model, batch=1)
+    assert torch.equal(tiny.sample(shared, "wan", cfg=1.0), tiny.sample(model, "wan", cfg=1.0))
     assert any("WanModel has no 'head'" in note for note in notes(shared))
 
 
-def test_a_renamed_argument_runs_on_one_device():
+def test_tokens_of_a_renamed_argument_are_not_shared():
     """As after an update of ComfyUI: the blocks' `freqs` has another name."""
     model = tiny.load("wan", heads=3)
-    expected = tiny.sample(model, "wan")
+    expected = tiny.sample(model, "wan", cfg=1.0)
     block_class = type(model.model.diffusion_model.blocks[0])
 
     class Renamed(block_class):
@@ -453,7 +459,7 @@ def test_a_renamed_argument_runs_on_one_device():
         block.__class__ = Renamed
         block.register_forward_pre_hook(rename, with_kwargs=True)
     shared = patched(model)
-    assert torch.equal(tiny.sample(shared, "wan"), expected)
+    assert torch.equal(tiny.sample(shared, "wan", cfg=1.0), expected)
     assert any("forward has no 'freqs'" in note for note in notes(shared)), notes(shared)
     assert report(shared)["calls_distributed"] == 0
 

@@ -41,6 +41,7 @@ def files(models):
         (models / "loras").mkdir(exist_ok=True)
         save_file(weights, models / "loras" / f"tiny_lora_{number}.safetensors")
     _write_controlnet(models / "controlnet")
+    tiny.write(models / "diffusion_models", "sd15")
     return models
 
 
@@ -180,7 +181,7 @@ def test_ksampler_without_and_with_cfg(server, files):
     assert (one["workers"], one["ulysses"], one["cfg"]) == (3, 3, 1)
     assert_same(server, wan(cfg=4.0), shared(wan(cfg=4.0)))
     two = assert_same(server, wan(cfg=4.0), shared(wan(cfg=4.0), PAIR))
-    assert (two["workers"], two["cfg"]) == (2, 2)
+    assert (two["workers"], two["batch"]) == (2, 2), "two prompts of one length are two rows"
     four = assert_same(server, wan(cfg=4.0, negative=5), shared(wan(cfg=4.0, negative=5), FOUR))
     assert (four["workers"], four["cfg"], four["ulysses"]) == (4, 2, 2)
 
@@ -281,7 +282,23 @@ def test_skip_layer_guidance_is_right_and_counted(server, files):
     assert "patches_replace" in str(found["reasons"]) or "dit" in str(found["reasons"])
 
 
-def test_an_unknown_family_runs_on_one_device(server, files):
+def unet(*, images, cfg=7.0, sampler="euler_ancestral"):
+    """Pictures of the tiny Stable Diffusion."""
+    prompt = wan(cfg=cfg, sampler=sampler)
+    prompt["model"]["inputs"]["unet_name"] = "tiny_sd15.safetensors"
+    prompt["latent"] = node("EmptyLatentImage", width=128, height=96, batch_size=images)
+    return prompt
+
+
+def test_one_picture_of_an_unknown_family_runs_on_one_device(server, files):
+    difference, found = compare(server, unet(images=1, cfg=1.0), shared(unet(images=1, cfg=1.0)))
+    assert difference == 0
+    assert found["calls_distributed"] == 0
+    assert "No token plan for class UNetModel" in str(found["reasons"])
+
+
+def test_a_unet_that_workers_cannot_load(server, files):
+    """It runs as without the node, as before batches were shared; who asks for a batch is told."""
     prompt = flux()
     prompt["model"] = node("SlipstreamTestModel", family="pixart", heads=1, seed=0)
     prompt["latent"] = node("EmptyLatentImage", width=512, height=512, batch_size=1)
@@ -289,6 +306,55 @@ def test_an_unknown_family_runs_on_one_device(server, files):
     assert difference == 0
     assert found["calls_distributed"] == 0
     assert "No token plan for class PixArtMS" in str(found["reasons"])
+    with pytest.raises(queue_client.PromptFailed) as caught:
+        run(server, shared(prompt, batch=3))
+    assert "Use a core loader or ours" in caught.value.message
+
+
+# --- batches
+
+
+def test_four_pictures_of_a_unet(server, files):
+    """And the same graph again, and without the node behind it."""
+    plain = unet(images=4)
+    for _ in range(2):
+        found = assert_same(server, plain, shared(plain, PAIR))
+        assert found["layout"] == "batch 2 x cfg 1 x ulysses 1 x ring 1"
+        assert sum(one["rows"] for one in found["rows"]) == 8, "two prompts in one call"
+        assert [one["devices"] for one in found["rows"]] == [["cpu"], ["cpu"]]
+    assert latent(server, run(server, plain)).shape[0] == 4
+
+
+def test_three_pictures_of_flux_over_two_and_tokens_where_batch_is_1(server, files):
+    plain = flux()
+    plain["latent"]["inputs"]["batch_size"] = 3
+    assert assert_same(server, plain, shared(plain, PAIR))["batch"] == 2
+    found = assert_same(server, plain, shared(plain, PAIR, batch=1))
+    assert found["batch"] == 1
+    assert found["ulysses"] * found["ring"] == 2
+
+
+def test_a_batch_with_a_controlnet(server, files):
+    prompt = flux()
+    prompt["latent"]["inputs"]["batch_size"] = 3
+    prompt["picture"] = node("EmptyImage", width=112, height=80, batch_size=1, color=8421504)
+    prompt["net"] = node("ControlNetLoader", control_net_name="tiny_controlnet.safetensors")
+    prompt["apply"] = node(
+        "ControlNetApplyAdvanced", positive=["positive", 0], negative=["negative", 0],
+        control_net=["net", 0], image=["picture", 0], strength=1.0, start_percent=0.0,
+        end_percent=1.0,
+    )  # fmt: skip
+    prompt["sampler"]["inputs"].update(positive=["apply", 0], negative=["apply", 1])
+    assert assert_same(server, prompt, shared(prompt, PAIR))["batch"] == 2
+
+
+def test_a_lane_killed_in_a_batch(server, files):
+    prompt = shared(unet(images=4), PAIR)
+    run(server, prompt)
+    prompt["sampler"]["inputs"]["steps"] = 12
+    error, _ = fails_during(server, prompt, lambda: os.kill(workers(server)[0], signal.SIGKILL))
+    assert "ended with code -9" in error.message
+    assert_same(server, unet(images=4), shared(unet(images=4), PAIR))
 
 
 # --- mistakes

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 from slipstream.bench import parallel, parallel_ceiling, parallel_page
-from slipstream.bench.parallel_models import SUBJECTS
+from slipstream.bench.parallel_models import SUBJECTS, inputs_of
+from slipstream.parallel import batch
 from slipstream.parallel.mesh import Layout, Mesh
 
 ENVIRONMENT = {
@@ -18,7 +19,7 @@ ENVIRONMENT = {
 
 def row(speed, ceiling, goal=1.7):
     seconds = {"compute": 0.93, "exchange": 0.06, "broadcast": 0.01}
-    report = {"cfg": 1, "ulysses": 2, "ring": 1, "seconds": seconds}
+    report = {"layout": str(Layout(ulysses=2)), "seconds": seconds}
     found = {
         "devices": "cpu,cpu", "speed": {"median": speed, "low": 1.5, "high": 1.9, "num_pairs": 5},
         "goal": goal, "verdict": "faster", "noise": [0.95, 1.05], "report": report,
@@ -69,7 +70,7 @@ def test_the_default_subject_has_the_tokens_that_the_goal_asks_for():
 def test_the_command_repeats_the_measurement():
     fields = {
         "devices": None, "model": "wan-small", "frames": None, "prompt": None,
-        "rounds": parallel.NUM_ROUNDS, "steps": parallel.NUM_STEPS,
+        "rounds": parallel.NUM_ROUNDS, "steps": parallel.NUM_STEPS, "batch": 1,
     }  # fmt: skip
     command = parallel._command(argparse.Namespace(**fields))
     assert command == "python bench parallel --out docs/benchmarks"
@@ -78,6 +79,29 @@ def test_the_command_repeats_the_measurement():
     assert command == "python bench parallel --devices cpu,cpu --frames 13 --out docs/benchmarks"
     command = parallel._command(argparse.Namespace(**fields | {"rounds": 4, "steps": 6}))
     assert command == "python bench parallel --rounds 4 --steps 6 --out docs/benchmarks"
+
+
+@pytest.mark.parametrize("model", ["sdxl", "flux", "wan"])
+def test_a_batch_of_a_subject(model):
+    subject = replace(SUBJECTS[model], batch=3)
+    inputs = inputs_of(subject)
+    assert batch.rows(inputs) == 3
+    assert all(value.shape[0] == 3 for value in inputs.values())
+    assert str(subject).endswith("batch of 3")
+    assert subject.latent_node[1]["batch_size"] == 3
+
+
+def test_shares_of_a_batch_are_its_rows():
+    seen = []
+
+    def network(x, transformer_options):
+        seen.append(x.flatten().tolist())
+
+    inputs = {"x": torch.arange(3.0).view(3, 1)}
+    for rank in range(2):
+        parallel_ceiling.share(network, inputs, rank, 2)()
+    parallel_ceiling.share(network, inputs, 0, 1)()
+    assert seen == [[0, 1], [2], [0, 1, 2]]
 
 
 def test_a_silent_group_has_the_shapes_of_a_real_one():

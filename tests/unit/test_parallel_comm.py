@@ -118,21 +118,35 @@ def test_hybrid_groups_hold_the_right_ranks():
     ]
 
 
-def test_cfg_layout_has_a_relay_between_process_0_and_branch_1():
+@pytest.mark.parametrize("layout", [Layout(cfg=2, ulysses=2), Layout(batch=2, ulysses=2)])
+def test_every_lane_but_the_first_has_a_relay_to_process_0(layout):
     def body(rank):
-        links = rank.links(Layout(cfg=2, ulysses=2), "g")
-        branch = links.layout.branch(rank.number)
+        links = rank.links(layout, "g")
         value = torch.tensor([rank.number * 10.0])
         if rank.number == 0:
-            links.relay.broadcast(value, root=0)
-            links.relay.recv(value, source=1)
-        elif branch == 1:
-            links.relay.broadcast(value, root=0)
+            links.entry(1).broadcast(value, root=0)
+            links.entry(1).recv(value, source=1)
+        elif links.own_lane == 1:
+            links.entry(1).broadcast(value, root=0)
             if links.layout.rank(rank.number) == 0:
-                links.relay.send(value + 5, to=0)
-        return value.item(), links.relay is not None, links.mesh.rank
+                links.entry(1).send(value + 5, to=0)
+        return value.item(), list(links.relays), links.mesh.rank
 
-    assert run_ranks(4, body) == [(5, True, 0), (10, False, 1), (0, True, 0), (0, True, 1)]
+    assert run_ranks(4, body) == [(5, [1], 0), (10, [], 1), (0, [1], 0), (0, [1], 1)]
+
+
+def test_a_lane_may_wait_longer_for_process_0_than_for_an_exchange():
+    def body(rank):
+        links = rank.links(Layout(batch=2), "g", timeout_s=0.5)
+        value = torch.full((1 << 20,), rank.number + 1.0)
+        if rank.number == 0:
+            time.sleep(1.5)  # at its own rows
+            links.entry(1).recv(value, source=1)
+        else:
+            links.entry(1).send(value, to=0, patience_s=60)
+        return value[-1].item()
+
+    assert run_ranks(2, body) == [2, 2]
 
 
 @pytest.mark.parametrize("pending", [0, 2])

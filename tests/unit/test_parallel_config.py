@@ -175,7 +175,7 @@ def test_layout_of_chosen_degrees():
     assert layout(ulysses=2, ring=2) == Layout(ulysses=2, ring=2)
     assert layout(cfg=2, num_conds=1) == Layout(ulysses=2), "half of them have nothing to do"
     assert layout(num_conds=1, ulysses=2) == Layout(ulysses=2, ring=2)
-    assert str(Layout(cfg=2, ulysses=2)) == "cfg 2 x ulysses 2 x ring 1"
+    assert str(Layout(cfg=2, ulysses=2)) == "batch 1 x cfg 2 x ulysses 2 x ring 1"
 
 
 def measured(**changes):
@@ -197,8 +197,8 @@ def test_sharing_that_does_not_pay_is_said():
     slow = measured(exchange_s=0.8, bytes_sent=8 * 10**8)
     assert estimate(slow, Layout(ulysses=2)).speedup < 1
     assert advice(slow, Layout(ulysses=2)) == (
-        "One device would be about 2.5 times as fast as cfg 1 x ulysses 2 x ring 1: 4096 tokens "
-        "send 800 MB a call at 1.0 GB/s, which is 80% of its time"
+        "One device would be about 2.5 times as fast as batch 1 x cfg 1 x ulysses 2 x ring 1: 4096 "
+        "tokens send 800 MB a call at 1.0 GB/s, which is 80% of its time"
     )
 
 

@@ -14,6 +14,7 @@ from parallel_session import PROGRAM, TIMEOUT_S, Session, close, exists, fails, 
 from patience import patience
 from slipstream.parallel import comm
 from slipstream.parallel import pool as pool_module
+from slipstream.parallel.distribute import Distributor
 from slipstream.parallel.launcher import LocalLauncher
 from slipstream.parallel.pool import Pool
 from slipstream.parallel.workers import WorkerError, WorkerOutOfMemory
@@ -171,3 +172,54 @@ def test_a_worker_killed_in_a_call(late):
     assert "Worker 2 (cpu) ended with code 7." in str(error)
     assert seconds < IN_TIME_S * patience()
     assert is_good(session)
+
+
+# --- lanes: rows of a batch, which exchange nothing
+
+
+def lanes(late, world):
+    return Session(late, world, batch=0)
+
+
+def is_good_batch(session, rows=4):
+    x = torch.randn(rows, 11, 24, generator=torch.Generator().manual_seed(rows))
+    found = close(session.call(x), session.expected(x))
+    session.state.settle()
+    return found
+
+
+@pytest.mark.parametrize("kind", ["raise", "memory"])
+def test_a_fault_in_a_lane(late, kind, monkeypatch):
+    monkeypatch.setattr(Distributor, "_measured", lambda *_: None)  # every lane always has rows
+    session = lanes(late, 3)
+    assert is_good_batch(session)
+    kept = pids(late)
+    for worker in late.workers:
+        error, seconds = fails(session, x=torch.ones(4, 11, 24), fault=(kind, worker.handle.number))
+        assert isinstance(error, WorkerOutOfMemory if kind == "memory" else WorkerError)
+        assert f"{worker} " in str(error)
+        assert seconds < IN_TIME_S * patience()
+        assert is_good_batch(session)
+    assert pids(late) == kept
+
+
+def test_a_lane_killed_in_a_call(late):
+    session = lanes(late, 2)
+    assert is_good_batch(session)
+    error, seconds = fails(
+        session, x=torch.ones(2, 11, 24), fault=("exit", late.workers[0].handle.number)
+    )
+    assert "Worker 1 (cpu) ended with code 7." in str(error)
+    assert seconds < IN_TIME_S * patience()
+    assert is_good_batch(session)
+
+
+def test_a_cancel_while_other_lanes_compute(late):
+    session = lanes(late, 3)
+    assert is_good_batch(session)
+    kept = pids(late)
+    error, seconds = fails(session, x=torch.ones(4, 11, 24), fault=("raise", 0))
+    assert str(error) == "injected failure in process 0"
+    assert seconds < 2 * patience()
+    assert pids(late) == kept
+    assert is_good_batch(session)

@@ -281,9 +281,8 @@ def test_wrong_patches_are_noticed(pool):
 def both(session, *, fault=None, fault_branch=1):
     """Branch 0 here, branch 1 by the workers; like apply.calc_cond_batch."""
     state = session.state
-    state.layout = None
-    state.choose(2)
-    state.baton = Baton()
+    baton = Baton()
+    state.pair = state.choose(1, 2), baton
     inputs = [torch.full((1, 11, 24), 0.1), torch.full((1, 7, 24), 0.2)]
 
     def branch(number):
@@ -293,10 +292,10 @@ def both(session, *, fault=None, fault_branch=1):
     stopped = []
     try:
         with state.recovered(), torch.inference_mode():
-            found = run_both(state.baton, lambda: branch(0), lambda: branch(1),
+            found = run_both(baton, lambda: branch(0), lambda: branch(1),
                              device=torch.device("cpu"), stop_first=stopped.append)  # fmt: skip
     finally:
-        state.baton = None
+        state.pair = None
     return found, [session.expected(x) for x in inputs], stopped
 
 

@@ -1,7 +1,7 @@
 """Prompts through a CLIP, one at a time, into batches that a sampler takes."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,9 +53,7 @@ def encode(clip: Any, lines: Sequence[Line], size: int) -> tuple[list[PromptBatc
     return batches, padding
 
 
-def tell(
-    batches: Sequence[PromptBatch], padding: Padding, size: int, node_id: str | None
-) -> None:
+def tell(batches: Sequence[PromptBatch], padding: Padding, size: int, node_id: str | None) -> None:
     """Show summary() on the node, and write it to the log."""
     told = summary(batches, padding, size)
     log.info("Slipstream Prompt Batch: %s", told)
@@ -65,18 +63,17 @@ def tell(
 def summary(batches: Sequence[PromptBatch], padding: Padding, size: int) -> str:
     """What became of the prompts, in one to three sentences for the node and the log."""
     num_prompts = sum(len(batch.lines) for batch in batches)
-    sizes = ", ".join(str(len(batch.lines)) for batch in batches)
+    sizes = _listed(len(batch.lines) for batch in batches)
     told = [f"{_counted(num_prompts, 'prompt')} in {_counted(len(batches), 'batch')} of {sizes}."]
     if any(len(set(batch.lengths)) > 1 for batch in batches):
         told.append(f"{_HOW[padding.way]}: every picture is what its prompt alone gives.")
     if len(batches) > -(-num_prompts // size):
         lengths = sorted({n for batch in batches for n in batch.lengths})
-        shown = ", ".join(map(str, lengths[:8])) + (", ..." if len(lengths) > 8 else "")
         if padding.way == "alone":
             told.append(f"No two prompts share a batch: {padding.why}.")
         elif len(lengths) > 1 and padding.why:
             told.append(
-                f"Prompts of {shown} tokens do not all share a batch: {padding.why}. The pictures "
+                f"Prompts of {_listed(lengths)} tokens do not all share a batch: {padding.why}. The pictures "
                 "are in the order of the batches; prompts and names follow them."
             )
         else:
@@ -89,6 +86,11 @@ _HOW = {
     "mask": "Shorter prompts are padded and masked",
     "left": "Shorter prompts are padded as the network pads them",
 }
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    words = [str(number) for number in numbers]
+    return ", ".join(words[:8]) + (", ..." if len(words) > 8 else "")
 
 
 def _counted(number: int, noun: str) -> str:

@@ -10,7 +10,7 @@ from ..backends.prompts.encode import encode, tell
 
 
 class SlipstreamPromptBatch(io.ComfyNode):
-    """Its outputs are lists, one element a batch or a picture: ComfyUI runs what follows for each."""
+    """All outputs are lists, of batches or of pictures: ComfyUI runs what follows for each."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -19,9 +19,9 @@ class SlipstreamPromptBatch(io.ComfyNode):
             display_name="Slipstream Prompt Batch",
             category="model/conditioning/slipstream",
             description=(
-                "Output-preserving. Samples a list of prompts in batches, a picture for each: every "
-                "row of a batch has its own prompt. On several GPUs, Sequence Parallel shares the "
-                "rows. Prompts that cannot share a batch exactly get another one."
+                "Output-preserving. Samples a list of prompts in batches, a picture for each: "
+                "every row of a batch has its own prompt. On several GPUs, Sequence Parallel "
+                "shares the rows. Prompts that cannot share a batch exactly get another one."
             ),
             search_aliases=[
                 "prompts from file", "prompt list", "batch prompts", "load prompts", "text file",
@@ -57,8 +57,8 @@ class SlipstreamPromptBatch(io.ComfyNode):
                 io.String.Input(
                     "separator", default="", optional=True, advanced=True,
                     tooltip=(
-                        "Empty: every line is a prompt. Else, for example ---: prompts have several "
-                        "lines and end at a line that holds only this."
+                        "Empty: every line is a prompt. Else, for example ---: prompts have "
+                        "several lines and end at a line that holds only this."
                     ),
                 ),
                 io.Int.Input(

@@ -1,7 +1,7 @@
 """Tiny text encoders: ComfyUI's own CLIP, tokenizer and encoder classes, with random weights.
 
-Needs a ComfyUI, not pytest. `load(kind)` gives a CLIP, `model(kind)` a MODEL that takes its prompts;
-the tokenizers are the real ones that lie in ComfyUI.
+Needs a ComfyUI, not pytest. `load(kind)` gives a CLIP, `model(kind)` a MODEL that takes its
+prompts; the tokenizers are the real ones that lie in ComfyUI.
 """
 
 import copy

@@ -73,8 +73,8 @@ def summary(batches: Sequence[PromptBatch], padding: Padding, size: int) -> str:
             told.append(f"No two prompts share a batch: {padding.why}.")
         elif len(lengths) > 1 and padding.why:
             told.append(
-                f"Prompts of {_listed(lengths)} tokens do not all share a batch: {padding.why}. The pictures "
-                "are in the order of the batches; prompts and names follow them."
+                f"Prompts of {_listed(lengths)} tokens do not all share a batch: {padding.why}. "
+                "The pictures are in the order of the batches; prompts and names follow them."
             )
         else:
             told.append("Prompts whose encodings differ in more than length are batches apart.")

@@ -73,6 +73,42 @@ class SlipstreamTestClip(io.ComfyNode):
         return io.NodeOutput(neighbour("tiny_clip").load(kind))
 
 
+class DemoClip:
+    """Encodes a prompt as the class of the demo model that it names, such as "a red heart"."""
+
+    tokenizer = None
+
+    def tokenize(self, text: str) -> str:
+        classes = set(self._node().GET_SCHEMA().inputs[0].options)
+        return next(word for word in text.split() if word in classes)
+
+    def encode_from_tokens_scheduled(self, tokens: str, show_pbar: bool = True) -> list:
+        return self._node().execute(tokens).result[0]
+
+    def _node(self):
+        import nodes
+
+        return nodes.NODE_CLASS_MAPPINGS["SlipstreamDemoClass"]
+
+
+class SlipstreamTestDemoClip(io.ComfyNode):
+    """For pictures of workflows, with the demo pack beside this one."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SlipstreamTestDemoClip",
+            display_name="Test Demo CLIP",
+            category=CATEGORY,
+            is_dev_only=True,
+            outputs=[io.Clip.Output()],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        return io.NodeOutput(DemoClip())
+
+
 class SlipstreamTestModel(io.ComfyNode):
     """A tiny model, for families whose detection accepts no small file too."""
 
@@ -172,5 +208,6 @@ class TestPackExtension(ComfyExtension):
             SlipstreamTestDigest,
             SlipstreamTestFault,
             SlipstreamTestClip,
+            SlipstreamTestDemoClip,
             SlipstreamTestModel,
         ]

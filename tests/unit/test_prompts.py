@@ -271,8 +271,9 @@ def test_masks_of_the_encoder_are_kept():
     assert extra["attention_mask"].tolist() == [[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]]
     ((_, extra),) = join([prompt(3, attention_mask=own), prompt(3, 1)], MASK)
     assert extra["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
-    ((_, extra),) = join([prompt(3, attention_mask=own), prompt(6, attention_mask=own.repeat(1, 2))],
-                         REPEAT)  # fmt: skip
+    twice = own.repeat(1, 2)
+    prompts = [prompt(3, attention_mask=own), prompt(6, attention_mask=twice)]
+    ((_, extra),) = join(prompts, REPEAT)
     assert extra["attention_mask"].tolist() == [[1, 1, 0, 1, 1, 0]] * 2
     ((_, extra),) = join([prompt(3), prompt(3, 1)], MASK)
     assert "attention_mask" not in extra

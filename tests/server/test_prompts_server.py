@@ -1,7 +1,6 @@
 """A list of prompts through the API: batches, pictures with names, files, sentences."""
 
 import json
-import urllib.request
 
 import pytest
 import queue_client
@@ -86,9 +85,8 @@ def pictures(server, result):
     found = {}
     for one in result.outputs["save"]["images"]:
         assert one["type"] == "output"
-        query = f"filename={one['filename']}&subfolder={one['subfolder']}&type=output"
-        with urllib.request.urlopen(f"{server.address}/view?{query}", timeout=10) as reply:
-            found[one["filename"]] = reply.read()
+        path = server.base / "output" / one["subfolder"] / one["filename"]
+        found[one["filename"]] = path.read_bytes()
     return found
 
 

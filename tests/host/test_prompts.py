@@ -376,3 +376,55 @@ def test_samplers(sampler, node):
         same = sampled(model, noise, encoded(clip, text), negative, sampler=sampler, steps=3)
         found = (batch[index] - same[index]).abs().max() / same[index].abs().max()
         assert found <= 10 * SAME
+
+
+def attention(model):
+    from slipstream.backends.attention.apply import apply_attention
+    from slipstream.backends.attention.config import AttentionConfig
+
+    config = AttentionConfig(policy="manual", backend="math", min_tokens=0, strict=True)
+    return apply_attention(model, config)
+
+
+def cache(model):
+    from slipstream.backends.cache.apply import apply_cache
+    from slipstream.backends.cache.config import CacheConfig
+
+    config = CacheConfig.from_ratio(0.8, strategy="scm", engine="builtin")  # reuses by schedule
+    return apply_cache(model, config.with_(front_blocks=1))
+
+
+def parallel(model):
+    from slipstream.parallel.apply import apply_parallel
+    from slipstream.parallel.config import SequenceParallelConfig
+
+    return apply_parallel(model, SequenceParallelConfig(workers=2, devices="cpu,cpu"))
+
+
+@pytest.fixture(scope="module")
+def no_workers_left():
+    from slipstream.parallel.apply import pool
+
+    yield
+    pool().close()
+
+
+@pytest.mark.parametrize("technique", [attention, cache, parallel], ids=lambda one: one.__name__)
+def test_slipstream_nodes_sample_every_row(technique, node, no_workers_left):
+    """A masked batch: each row is what its prompt gives under the same technique."""
+    texts = [SHORT, "a lighthouse, " + "very " * 150 + "tall", MIDDLE]
+    out, clip = node("ltxv", texts), tiny_clip.load("ltxv")
+    ((_, extra),) = out.conditioning[0]
+    assert len(set(extra["attention_mask"].sum(1).tolist())) == 3
+    model, noise = tiny.load("ltxv", heads=2), noise_of("ltxv", 3)
+    negative = encoded(clip, "blurry")
+    batch = sampled(technique(model), noise, out.conditioning[0], negative, steps=6)
+    alone = technique(model) if technique is cache else model
+    singles = [
+        sampled(alone, noise[i : i + 1], encoded(clip, text), negative, steps=6)
+        for i, text in enumerate(texts)
+    ]
+    assert difference(batch, singles) <= SAME
+    if technique is cache:
+        plain = sampled(model, noise, out.conditioning[0], negative, steps=6)
+        assert not torch.equal(plain, batch), "nothing was reused"

@@ -218,6 +218,22 @@ def raise_if_cancelled() -> None:
         management.throw_exception_if_processing_interrupted()
 
 
+def progress(total: int) -> Callable[[int], None]:
+    """A progress bar on the node that runs now: call it with how many more are done."""
+    if "comfy" not in sys.modules:
+        return lambda count: None
+    import comfy.utils
+
+    return comfy.utils.ProgressBar(total).update
+
+
+def input_folder() -> Path:
+    """ComfyUI's input folder, where users put files for nodes."""
+    import folder_paths  # type: ignore[import-not-found]
+
+    return Path(folder_paths.get_input_directory())
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that can still be allocated, as ComfyUI counts: torch's cached blocks are free too."""
     management = sys.modules.get("comfy.model_management")

@@ -6,6 +6,7 @@ from .attention import SlipstreamAttention
 from .cache import SlipstreamCache, SlipstreamCacheDiT
 from .offload import SlipstreamLayerOffload
 from .parallel import SlipstreamSequenceParallel
+from .prompts import SlipstreamPromptBatch
 from .report import SlipstreamReport
 from .svdquant import (
     SlipstreamSVDQuantCalibrate,
@@ -20,6 +21,7 @@ NODES: list[type[io.ComfyNode]] = [
     SlipstreamCache,
     SlipstreamCacheDiT,
     SlipstreamLayerOffload,
+    SlipstreamPromptBatch,
     SlipstreamReport,
     SlipstreamSequenceParallel,
     SlipstreamSVDQuantLoader,

@@ -46,6 +46,8 @@ def on_trained_model(prompt: dict[str, Any], class_name: str) -> dict[str, Any]:
             inputs["vae_name"] = demo_models.VAE
         elif kind == "SlipstreamTestConditioning":
             prompt[node_id] = _class_node(class_name)
+        elif kind == "SlipstreamTestClip":  # draws what the prompts name
+            prompt[node_id] = {"class_type": "SlipstreamTestDemoClip", "inputs": {}}
         elif kind == "ConditioningZeroOut":
             prompt[node_id] = _class_node("none")
         elif kind.startswith("Empty"):

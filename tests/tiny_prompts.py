@@ -17,6 +17,7 @@ MODELS = {
 }
 VAES = {"ae.safetensors": "taef1"}
 TEXT_ENCODERS = {"CLIPLoader", "DualCLIPLoader", "SlipstreamSVDQuantCLIPLoader"}
+TINY_CLIPS = {"flux"}
 SIZES = {"width": 128, "height": 128, "length": 5}
 
 
@@ -32,6 +33,8 @@ def on_tiny_models(prompt: Prompt, *, seed: int, steps: int = 4) -> Prompt:
         elif kind == "CLIPTextEncode":
             node["class_type"] = "SlipstreamTestConditioning"
             node["inputs"] = {"tokens": 8, "dim": 768, "seed": int(node_id)}
+        elif kind == "DualCLIPLoader" and inputs["type"] in TINY_CLIPS and _batches(tiny):
+            node["class_type"], node["inputs"] = "SlipstreamTestClip", {"kind": inputs["type"]}
         elif kind == "KSampler":
             inputs.update(seed=seed, steps=steps)
         elif kind.startswith("Empty"):
@@ -42,6 +45,11 @@ def on_tiny_models(prompt: Prompt, *, seed: int, steps: int = 4) -> Prompt:
     while following := {i for i, n in tiny.items() if i not in absent and absent & _sources(n)}:
         absent |= following
     return {i: n for i, n in tiny.items() if i not in absent}
+
+
+def _batches(prompt: Prompt) -> bool:
+    """Whether the prompt has our own text encoding, which runs on a tiny text encoder."""
+    return any(node["class_type"] == "SlipstreamPromptBatch" for node in prompt.values())
 
 
 def _needs_a_real_file(node: dict[str, Any]) -> bool:

@@ -13,7 +13,11 @@ from comfy_home import PACK_ROOT
 from pack_nodes import node_ids
 
 FROZEN = json.loads((PACK_ROOT / "tests" / "unit" / "node_ids.json").read_text())
-CATEGORIES = {"model/patch/slipstream", "model/loaders/slipstream"}
+CATEGORIES = {
+    "model/conditioning/slipstream",
+    "model/loaders/slipstream",
+    "model/patch/slipstream",
+}
 NODE_IDS = node_ids()
 SOCKETS = {"MODEL", "LATENT", "CONDITIONING", "CLIP", "VAE", "IMAGE", "*"}
 

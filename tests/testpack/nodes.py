@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import importlib
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -14,14 +15,17 @@ TESTS = Path(__file__).resolve().parents[1]
 
 
 @functools.cache
-def tiny() -> ModuleType:
-    """tests/tiny.py with its neighbours. The tests folder is on sys.path for the import only."""
+def neighbour(name: str) -> ModuleType:
+    """A module of tests/. The folder is on sys.path for the import only."""
     sys.path.insert(0, str(TESTS))
     try:
-        import tiny
+        return importlib.import_module(name)
     finally:
         sys.path.remove(str(TESTS))
-    return tiny
+
+
+def tiny() -> ModuleType:
+    return neighbour("tiny")
 
 
 class SlipstreamTestConditioning(io.ComfyNode):
@@ -48,6 +52,61 @@ class SlipstreamTestConditioning(io.ComfyNode):
         pooled = torch.randn(1, 768, generator=generator)
         text = torch.randn(1, tokens, dim, generator=generator)
         return io.NodeOutput([[text, {"pooled_output": pooled}]])
+
+
+class SlipstreamTestClip(io.ComfyNode):
+    """A tiny text encoder with ComfyUI's real tokenizer."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SlipstreamTestClip",
+            display_name="Test CLIP",
+            category=CATEGORY,
+            is_dev_only=True,
+            inputs=[io.Combo.Input("kind", options=["flux", "sd15", "sdxl"])],
+            outputs=[io.Clip.Output()],
+        )
+
+    @classmethod
+    def execute(cls, kind: str) -> io.NodeOutput:
+        return io.NodeOutput(neighbour("tiny_clip").load(kind))
+
+
+class DemoClip:
+    """Encodes a prompt as the class of the demo model that it names, such as "a red heart"."""
+
+    tokenizer = None
+
+    def tokenize(self, text: str) -> str:
+        classes = set(self._node().GET_SCHEMA().inputs[0].options)
+        return next(word for word in text.split() if word in classes)
+
+    def encode_from_tokens_scheduled(self, tokens: str, show_pbar: bool = True) -> list:
+        return self._node().execute(tokens).result[0]
+
+    def _node(self):
+        import nodes
+
+        return nodes.NODE_CLASS_MAPPINGS["SlipstreamDemoClass"]
+
+
+class SlipstreamTestDemoClip(io.ComfyNode):
+    """For pictures of workflows, with the demo pack beside this one."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SlipstreamTestDemoClip",
+            display_name="Test Demo CLIP",
+            category=CATEGORY,
+            is_dev_only=True,
+            outputs=[io.Clip.Output()],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        return io.NodeOutput(DemoClip())
 
 
 class SlipstreamTestModel(io.ComfyNode):
@@ -148,5 +207,7 @@ class TestPackExtension(ComfyExtension):
             SlipstreamTestConditioning,
             SlipstreamTestDigest,
             SlipstreamTestFault,
+            SlipstreamTestClip,
+            SlipstreamTestDemoClip,
             SlipstreamTestModel,
         ]

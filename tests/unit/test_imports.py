@@ -60,7 +60,7 @@ HOSTS = {
 HOST_USERS = {"parallel/worker.py", "parallel/apply.py", "parallel/wrappers.py"}
 # Techniques build on what every run and report has (run.py, report.py, memory/, ...), never the
 # other way round.
-TECHNIQUES = {"attention", "cache", "offload", "svdquant"}
+TECHNIQUES = {"attention", "cache", "offload", "prompts", "svdquant"}
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,14 @@
 """Loads the pack once as `slipstream`; fixtures for the tiers that need a ComfyUI."""
 
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+
+# Torch's threads spin while they wait, and take the processor from the processes that they wait
+# for: tests with workers take ten times as long on a busy machine. Read when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import comfy_home
 import pytest

@@ -60,8 +60,11 @@ def join(prompts: Sequence[Conditioning], padding: Padding) -> Conditioning:
             for name, value in extras[0].items()
             if name != _MASK
         }
-        if mask := _joined_masks(extras, lengths, target, padding):
-            options[_MASK] = torch.cat(mask)
+        if masks := _masks(extras, lengths, target, padding):
+            # Some networks count a mask's ones and take the number for one row's (Lumina2, Omnigen2
+            # and GenmoMochi in comfy/model_base.py): one row stands for equal ones.
+            is_one = all(torch.equal(mask, masks[0]) for mask in masks)
+            options[_MASK] = masks[0] if is_one else torch.cat(masks)
         joined.append([torch.cat(rows), options])
     return joined
 
@@ -81,10 +84,19 @@ def _alike(one: list[Any], other: list[Any], padding: Padding) -> bool:
         return False
     if not pads and text.shape != other_text.shape:
         return False
-    ignored = {_MASK} if pads else set()
-    if extra.keys() - ignored != other_extra.keys() - ignored:
+    if not pads and not _same_mask(extra.get(_MASK), other_extra.get(_MASK)):
         return False
-    return all(_row_of_the_same(extra[n], other_extra[n]) for n in extra.keys() - ignored)
+    names = extra.keys() - {_MASK}
+    if names != other_extra.keys() - {_MASK}:
+        return False
+    return all(_row_of_the_same(extra[name], other_extra[name]) for name in names)
+
+
+def _same_mask(mask: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    """Whether two prompts have the same tokens masked; other rows would need another mask."""
+    if mask is None or other is None:
+        return mask is other
+    return torch.equal(mask, other)
 
 
 def _has_rows(value: Any) -> bool:
@@ -130,7 +142,7 @@ def _sides(missing: int, padding: Padding) -> tuple[int, int]:
     return (missing, 0) if padding.way == "left" else (0, missing)
 
 
-def _joined_masks(
+def _masks(
     extras: Sequence[dict[str, Any]], lengths: Sequence[int], target: int, padding: Padding
 ) -> list[torch.Tensor]:
     """A mask [1, target] per prompt, or none where the prompts have none and need none."""

@@ -119,7 +119,7 @@ def read(path: Path) -> str:
 
 def from_file(folder: Path, name: str, separator: str = "") -> list[str]:
     """The prompts of a file of the input folder; none if the widget says so."""
-    return [] if name == NO_FILE else split(read(find(folder, name)), separator)
+    return split(read(find(folder, name)), separator) if name and name != NO_FILE else []
 
 
 def fingerprint(folder: Path, name: str | None) -> str:

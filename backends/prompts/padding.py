@@ -26,7 +26,7 @@ class Padding:
         shared among its copies, and the sum is the same (comfy/conds.py, CONDCrossAttn).
     mask: rows of zeros behind the prompt, and an attention_mask that the network obeys.
     left: rows of zeros before the prompt, as the network itself adds them to up_to tokens.
-    none: only prompts of the same length share a batch. alone: never two prompts.
+    none: only prompts of the same length, masked alike, share a batch. alone: never two prompts.
     """
 
     way: Way
@@ -68,7 +68,7 @@ PADDING: dict[str, Padding] = {
         way="none", why="HunyuanVideo takes a mask for one row only"
     ),
     "comfy.text_encoders.genmo.MochiT5Tokenizer": Padding(
-        way="alone", why="Mochi counts the tokens of all rows together"
+        way="none", why="Mochi counts the tokens of all rows together"
     ),
     "comfy.text_encoders.minimax.MiniMaxH3Tokenizer": Padding(
         way="alone", why="MiniMax H3 takes a batch of 1"
@@ -84,7 +84,7 @@ PADDING: dict[str, Padding] = {
 
 def padding_of(clip: Any) -> Padding:
     """By the exact class of the CLIP's tokenizer: a subclass may serve another network."""
-    kind = type(clip.tokenizer)
+    kind = type(getattr(clip, "tokenizer", None))
     return PADDING.get(f"{kind.__module__}.{kind.__qualname__}", UNKNOWN)
 
 

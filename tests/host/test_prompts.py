@@ -12,7 +12,7 @@ import pytest
 import tiny
 import tiny_clip
 import torch
-from slipstream.backends.prompts.batches import join
+from slipstream.backends.prompts.batches import join, plan
 from slipstream.backends.prompts.padding import PADDING, Padding
 
 pytestmark = pytest.mark.usefixtures("comfy")
@@ -23,7 +23,8 @@ OTHER = 5e-4  # what a padded row without its mask differs by, at least
 LENGTHS = (6, 4, 2)
 
 # Families whose networks do not keep the rows of a batch apart, or take one row.
-ONE_ROW = {"minimax_h3", "mochi", "ace_step15", "hidream_o1_edit"}
+ONE_ROW = {"minimax_h3", "ace_step15", "hidream_o1_edit"}
+MASKED = {"omnigen2", "boogu", "lumina2", "z_image", "ideogram4"}
 FAMILIES = tuple(family for family in tiny.ALL if family not in ONE_ROW)
 WAYS = {
     "sd15": "repeat", "sdxl": "repeat",
@@ -89,6 +90,9 @@ def run_of(family, lengths):
     shared = {k: v for k, v in prompts[0][0][1].items() if k in tiny.ALL[family].lists}
     for prompt in prompts:  # references are one for all rows; an encoder makes no lists
         prompt[0][1].update(shared)
+    if family in MASKED:  # their encoders give a mask of ones
+        for ((text, extra),) in (*prompts, negative):
+            extra["attention_mask"] = torch.ones(text.shape[:2], dtype=torch.long)
     singles = [sampled(model, rows(noise, i), p, negative) for i, p in enumerate(prompts)]
     return SimpleNamespace(**locals())
 
@@ -123,8 +127,8 @@ def test_padding_without_its_way_is_another_picture(family):
         [[torch.nn.functional.pad(text, (0, 0, 0, max(LENGTHS) - text.shape[1])), dict(extra)]]
         for ((text, extra),) in run.prompts
     ]
-    if family == "ltxv":  # asks for a mask
-        for ((_, extra),) in padded:
+    for ((_, extra),) in padded:
+        if "attention_mask" in extra:
             extra["attention_mask"] = torch.ones(1, max(LENGTHS), dtype=torch.long)
     assert difference(batch_of(run, "none", padded), run.singles) > OTHER
 
@@ -144,17 +148,22 @@ def test_hunyuan_video_takes_a_mask_for_one_row_only():
 
 
 @pytest.mark.full
-def test_mochi_counts_the_tokens_of_all_rows():
+@pytest.mark.parametrize("tokens", [(8, 6, 3), (5, 5, 5)])
+def test_mochi_counts_the_tokens_of_all_rows(tokens):
+    """Prompts that are masked alike share a batch; others get their own."""
     run = run_of("mochi", (8, 8, 8))
     prompts = []
-    for prompt, tokens in zip(run.prompts, (8, 6, 3), strict=True):
-        ((text, extra),) = prompt
-        mask = torch.tensor([[1] * tokens + [0] * (8 - tokens)])
+    for ((text, extra),), count in zip(run.prompts, tokens, strict=True):
+        mask = torch.tensor([[1] * count + [0] * (8 - count)])
         prompts.append([[text, extra | {"attention_mask": mask}]])
     singles = [
         sampled(run.model, rows(run.noise, i), p, run.negative) for i, p in enumerate(prompts)
     ]
-    assert difference(batch_of(run, "none", prompts), singles) > OTHER
+    found = difference(batch_of(run, "none", prompts), singles)
+    is_alike = len(set(tokens)) == 1
+    assert found <= SAME if is_alike else found > OTHER
+    planned = plan(prompts, PADDING["comfy.text_encoders.genmo.MochiT5Tokenizer"], 4)
+    assert planned == ([[0, 1, 2]] if is_alike else [[0], [1], [2]])
 
 
 @pytest.mark.full

@@ -77,7 +77,7 @@ def test_choose_refuses_with_a_sentence():
 def test_files_of_any_editor(tmp_path, content):
     (tmp_path / "list.txt").write_bytes(content)
     assert lines.from_file(tmp_path, "list.txt") == ["un été", "вторая"]
-    assert lines.from_file(tmp_path, lines.NO_FILE) == []
+    assert lines.from_file(tmp_path, lines.NO_FILE) == lines.from_file(tmp_path, "") == []
 
 
 def test_files_that_cannot_be_read(tmp_path):
@@ -265,18 +265,35 @@ def test_rows_hold_their_prompt(padding):
         assert extra["attention_mask"].dtype == torch.long
 
 
+def mask_of(prompts, padding):
+    ((_, extra),) = join(prompts, padding)
+    return extra["attention_mask"].tolist() if "attention_mask" in extra else None
+
+
 def test_masks_of_the_encoder_are_kept():
     own = torch.tensor([[1, 1, 0]])
-    ((_, extra),) = join([prompt(3, attention_mask=own), prompt(5)], MASK)
-    assert extra["attention_mask"].tolist() == [[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]]
-    ((_, extra),) = join([prompt(3, attention_mask=own), prompt(3, 1)], MASK)
-    assert extra["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
-    twice = own.repeat(1, 2)
-    prompts = [prompt(3, attention_mask=own), prompt(6, attention_mask=twice)]
-    ((_, extra),) = join(prompts, REPEAT)
-    assert extra["attention_mask"].tolist() == [[1, 1, 0, 1, 1, 0]] * 2
-    ((_, extra),) = join([prompt(3), prompt(3, 1)], MASK)
-    assert "attention_mask" not in extra
+    masked = prompt(3, attention_mask=own)
+    assert mask_of([masked, prompt(5)], MASK) == [[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]]
+    assert mask_of([masked, prompt(3, 1)], MASK) == [[1, 1, 0], [1, 1, 1]]
+    longer = prompt(6, attention_mask=torch.tensor([[1, 1, 1, 1, 1, 0]]))
+    assert mask_of([masked, longer], REPEAT) == [[1, 1, 0, 1, 1, 0], [1, 1, 1, 1, 1, 0]]
+    assert mask_of([prompt(3), prompt(3, 1)], MASK) is None
+
+
+def test_a_mask_that_is_the_same_for_all_stays_one_row():
+    """Core's Omnigen2 and Lumina2 take the number of ones for the tokens of one row."""
+    ones = torch.ones(1, 3, dtype=torch.long)
+    prompts = [prompt(3, i, attention_mask=ones.clone()) for i in range(3)]
+    for padding in (NONE, MASK, REPEAT):
+        assert mask_of(prompts, padding) == [[1, 1, 1]]
+
+
+def test_prompts_of_one_length_that_are_masked_unlike_need_a_way():
+    masks = ([[1, 1, 1]], [[1, 1, 0]], [[1, 1, 1]])
+    prompts = [prompt(3, i, attention_mask=torch.tensor(m)) for i, m in enumerate(masks)]
+    assert plan(prompts, NONE, 4) == [[0, 2], [1]]
+    assert plan(prompts, MASK, 4) == [[0, 1, 2]]
+    assert plan([prompts[0], prompt(3)], NONE, 4) == [[0], [1]]
 
 
 def test_parts_of_a_schedule_are_joined_part_by_part():
@@ -410,3 +427,4 @@ def test_a_subclass_of_a_known_tokenizer_is_unknown():
 
     assert padding_of(clip(known())).way == "mask"
     assert padding_of(clip(Other())) is UNKNOWN
+    assert padding_of(object()) is UNKNOWN

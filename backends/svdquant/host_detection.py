@@ -110,7 +110,7 @@ class _Outliner(Assembler):
 
 
 def _meta(*shape: int) -> torch.Tensor:
-    return torch.empty(*shape, device="meta")
+    return torch.empty(shape, device="meta")
 
 
 def model_title(network: torch.nn.Module, config: Any) -> str:

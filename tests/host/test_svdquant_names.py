@@ -3,7 +3,6 @@ models whose conversion is public. Through the real loader to a sampler step aga
 model, as in test_svdquant_host.py."""
 
 import json
-from pathlib import Path
 
 import pytest
 import svdquant_core as core
@@ -21,6 +20,7 @@ from slipstream.backends.svdquant.errors import CheckpointError
 from slipstream.backends.svdquant.header import read_header
 from slipstream.backends.svdquant.host import load_svdquant
 from slipstream.backends.svdquant.host_patcher import quantised_layers
+from slipstream.backends.svdquant.layout import unwrap
 from svdquant_networks import rel
 
 pytestmark = pytest.mark.usefixtures("comfy")
@@ -85,10 +85,10 @@ def test_any_model_of_comfyui_loads_in_its_own_names(name, folder):
     section = runs.run_log(model).latest().to_json()["svdquant"]
     assert section["family"] == ("z-image" if name == "z_image" else one.config)
     assert section["layers"] == len(layers)
-    module = next(m for m in found.values() if m.weight._params.smooth0 is not None)
+    module = next(m for m in found.values() if unwrap(m.weight).segments[0].smooth is not None)
     four_bit = step(core.quantised_model(one, heads, path, "reference"), name)
     assert 1e-6 < rel(four_bit, wanted) < 0.2
-    module.weight._params.smooth0.mul_(1.5)
+    unwrap(module.weight).segments[0].smooth.mul_(1.5)
     assert rel(step(model, name), wanted) > 3e-6
 
 
@@ -152,8 +152,8 @@ FULL_WIDTH = {
 
 
 @pytest.mark.parametrize("name", FULL_WIDTH)
-def test_models_without_a_small_file_are_detected_from_their_shapes(name):
-    """Shapes of the published widths, no data: what the loader asks before it reads anything."""
+def test_models_without_a_small_file_are_detected_from_their_shapes(name, tmp_path):
+    """Shapes of the published widths; of the values only the vectors', which detection may see."""
     from slipstream.backends.svdquant.dialects import Checkpoint
     from slipstream.backends.svdquant.families import CORE
     from slipstream.backends.svdquant.file_layers import FileLayer
@@ -165,7 +165,7 @@ def test_models_without_a_small_file_are_detected_from_their_shapes(name):
     config = tiny._config_class(one)(one.unet(heads))
     config.unet_config.update(one.unet(heads))
     network = config.get_model({}, "", device=torch.device("meta")).diffusion_model
-    layers, entries = {}, {"scale": TensorEntry("BF16", (), 0, 0)}
+    layers, entries, vectors = {}, {"scale": TensorEntry("BF16", (), 0, 0)}, {}
     for key, tensor in network.state_dict().items():
         owner, _, kind = key.rpartition(".")
         if kind == "weight" and "." in owner and tensor.ndim == 2:
@@ -180,8 +180,11 @@ def test_models_without_a_small_file_are_detected_from_their_shapes(name):
             )
         else:
             entries[key] = TensorEntry("BF16", tuple(tensor.shape), 0, 0)
+            if tensor.ndim == 1:
+                vectors[key] = torch.zeros(tensor.shape)
+    save_file(vectors, tmp_path / "file.safetensors")
     checkpoint = Checkpoint(
-        header=Header(Path("file.safetensors"), entries, {}),
+        header=Header(tmp_path / "file.safetensors", entries, {}),
         dialect="comfy-kitchen",
         family=CORE,
         native=True,
@@ -284,7 +287,7 @@ def test_of_a_whole_checkpoint_the_diffusion_model_is_read(wan, folder):
     model, same = (load_svdquant(str(p), {"backend": "dequant"}) for p in (path, wan[0]))
     assert torch.equal(step(model, "wan"), step(same, "wan"))
     checkpoint = detect(read_header(path))
-    text = inspect_text(checkpoint, torch.device("cpu"), title_of(checkpoint))
+    text = inspect_text(checkpoint, torch.device("cpu"), title=title_of(checkpoint))
     assert "Family: WAN21_T2V (ComfyUI's own names). Dialect: comfy-kitchen." in text
     assert "Layers that ComfyUI computes itself: 1 float8_e4m3fn, 1 int8_tensorwise." in text
     assert "Not read: 2 tensors outside the diffusion model" in text

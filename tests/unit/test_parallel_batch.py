@@ -75,6 +75,12 @@ def test_rows_in_proportion_to_speed(rows, speeds, counts):
     assert batch.deal(rows, speeds) == counts
 
 
+def test_nobody_is_left_out_where_every_lane_must_be_timed():
+    assert batch.deal(4, [1.0, 0.1], leaves_out=False) == [3, 1]
+    assert batch.deal(4, [0.1, 1.0, 1.0], leaves_out=False) == [1, 2, 1]
+    assert batch.deal(1, [1.0, 1.0], leaves_out=False) == [1, 0]
+
+
 # --- cutting
 
 
@@ -338,6 +344,17 @@ def test_a_lane_that_is_too_slow_is_left_out_and_named(pool):
     assert "cpu left out (too slow for one, 1000 ms each)" in str(section.lines)
     session.state.close()
     assert pool.row_seconds[key][1] == 0.5, "it is tried again some runs later"
+    pool.row_seconds.clear()
+
+
+@needs_processes
+def test_a_lane_is_not_left_out_for_a_little(pool):
+    """Times vary, and one that is left out is not timed again in that run."""
+    session = lanes(pool, 2)
+    known(pool, session, 1.0, 2.2)
+    assert session.state._distributor.deal(Layout(batch=2), 2) == [1, 1]
+    known(pool, session, 1.0, 2.7)
+    assert session.state._distributor.deal(Layout(batch=2), 2) == [2, 0]
     pool.row_seconds.clear()
 
 

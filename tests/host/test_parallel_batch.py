@@ -15,7 +15,7 @@ import tiny
 import torch
 from patience import patience
 from slipstream.backends.architectures import find, whole_sequence
-from slipstream.backends.architectures.rows import are_frames, why_whole
+from slipstream.backends.architectures.rows import why_whole
 from slipstream.backends.cache.apply import apply_cache
 from slipstream.backends.cache.config import CacheConfig
 from slipstream.backends.run import run_log
@@ -231,12 +231,15 @@ def test_refused_names_are_comfyuis():
 
 
 def test_frames_of_stable_video_diffusion_are_no_rows():
-    import inspect
+    import comfy.supported_models
 
-    import comfy.model_base
-
-    assert "num_video_frames" in inspect.getsource(comfy.model_base.SVD_img2vid)
-    assert are_frames({"x": 0, "num_video_frames": 14})
+    unet = dict(comfy.supported_models.SVD_img2vid.unet_config)
+    sizes = {**tiny.ALL["sd15"].unet(1), **unet, "model_channels": 64, "channel_mult": (1, 1)}
+    sizes |= {"use_temporal_resblock": True, "extra_ff_mix_layer": True, "merge_factor": 0.5}
+    sizes |= {"num_classes": "sequential", "context_dim": 64, "merge_strategy": "learned"}
+    sizes |= {"transformer_depth": [1, 1], "video_kernel_size": [3, 1, 1]}
+    network = tiny.in_memory(comfy.supported_models.SVD_img2vid, sizes).model.diffusion_model
+    assert "its rows are the frames of one video" in why_whole(network)
 
 
 # --- runs of KSampler

@@ -13,7 +13,6 @@ import pytest
 import shared_calls
 import tiny
 import torch
-from patience import patience
 from slipstream.backends.architectures import find, whole_sequence
 from slipstream.backends.architectures.rows import why_whole
 from slipstream.backends.cache.apply import apply_cache
@@ -553,31 +552,30 @@ def test_a_lane_that_dies_in_a_call_gives_a_sentence():
     assert difference(tiny.sample(shared, "sd15", **sampling), expected) <= LIMIT
 
 
-def test_a_cancel_ends_what_the_other_lanes_compute():
+def test_a_cancel_ends_what_the_other_lanes_compute(monkeypatch):
     """They exchange nothing: only a word from this process ends them before their rows are done."""
     import comfy.model_management as management
 
-    model = tiny.load("sd15")
-    shape = (6, 4, 48, 48)
-    shared = patched(model)
-    started = time.monotonic()
-    tiny.sample(shared, "sd15", shape=shape, steps=1, cfg=1.0)
-    alone = pool().workers[0]
+    monkeypatch.setattr(Distributor, "deal", lambda self, layout, rows, branch=0: [1, rows - 1])
+    shared = patched(tiny.load("sd15"))
+    sampling = {"shape": (5, 4, 24, 24), "steps": 1, "cfg": 1.0}
+    for _ in range(2):  # workers start in the first run
+        started = time.monotonic()
+        tiny.sample(shared, "sd15", **sampling)
+        call_s = time.monotonic() - started
     kept = [worker.handle.pid for worker in pool().workers]
-    call_s = time.monotonic() - started
-    network = shared.model.diffusion_model
 
     def cancel(module, args):
         management.interrupt_current_processing()
 
-    handle = network.register_forward_pre_hook(cancel)
+    handle = shared.model.diffusion_model.register_forward_pre_hook(cancel)
     started = time.monotonic()
     try:
         with pytest.raises(management.InterruptProcessingException):
-            tiny.sample(shared, "sd15", shape=shape, steps=1, cfg=1.0)
+            tiny.sample(shared, "sd15", **sampling)
     finally:
         handle.remove()
-    assert time.monotonic() - started < max(call_s, 3) * patience()
+    assert time.monotonic() - started < 0.8 * call_s
     assert [worker.handle.pid for worker in pool().workers] == kept
-    assert alone.is_alive
-    assert_rows_shared(model, "sd15")
+    tiny.sample(shared, "sd15", **sampling)
+    assert report(shared)["calls_local"] == 0

@@ -85,13 +85,16 @@ def difference(a, b):
 
 
 def assert_rows_shared(model, family, *, lanes=2, local=0, devices=TWO, images=2, **sampling):
-    """A run agrees with one device, over so many lanes; the report of it."""
+    """A run agrees with one device, over so many lanes; the report of it.
+
+    Guidance multiplies the rounding of both prompts: 1e-6 of a call is more in a run at cfg 7.
+    """
     sampling = {"steps": 3, "shape": shape_of(family, images), **sampling}
     expected = tiny.sample(model, family, **sampling)
     shared = patched(model, devices)
     out = tiny.sample(shared, family, **sampling)
     found = report(shared)
-    assert difference(out, expected) <= LIMIT
+    assert difference(out, expected) <= LIMIT * max(1.0, sampling.get("cfg", 2.0) / 2)
     assert found["calls_local"] == local, found["reasons"]
     assert found["batch"] == lanes, found["layout"]
     assert found["calls_distributed"] > 0

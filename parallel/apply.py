@@ -69,13 +69,13 @@ class SequenceParallel:
             run.note(no_plan)
         one_lane = why_whole(network) or ""
         recipe = worker_host.recipe(run.patcher, OWN_PACKAGE)
+        techniques = travelling(run)
         reason = worker_host.obstacle(run.patcher)
         if plan is None and (one_lane or self.config.splits_tokens):
             reason = f"{no_plan} {one_lane}".rstrip()
-        techniques = travelling(run)
-        if reason is None and isinstance(techniques, str):
-            reason = techniques
-        if reason is None and isinstance(recipe, str):
+        elif isinstance(techniques, str):
+            reason = reason or techniques
+        elif reason is None and isinstance(recipe, str):
             if self.config.is_explicit and (plan is not None or self.config.batch > 1):
                 raise ParallelError(recipe)
             reason = f"{no_plan} {recipe}".lstrip()

@@ -25,18 +25,19 @@ def rows(arguments: Mapping[str, Any]) -> int | None:
     return found.shape[0] if found is not None and found.ndim else None
 
 
-def deal(num_rows: int, speeds: Sequence[float]) -> list[int]:
+def deal(num_rows: int, speeds: Sequence[float], *, leaves_out: bool = True) -> list[int]:
     """Whole rows for each lane, so that the slowest is done as early as can be.
 
     speeds: rows per second of each lane. Lane 0, this process's own, gets at least one row;
-    another may get none.
+    another may get none, if leaves_out and not for want of rows.
     """
     counts = [0] * len(speeds)
+    first = 1 if leaves_out else len(speeds)
     for number in range(num_rows):
         fastest = min(
             range(len(speeds)), key=lambda lane: ((counts[lane] + 1) / speeds[lane], lane)
         )
-        counts[0 if number == 0 else fastest] += 1
+        counts[number if number < first else fastest] += 1
     return counts
 
 

@@ -35,6 +35,7 @@ from .wire import Meta, Unsupported, encode
 _DROPPED = ("wrappers", "callbacks", OVERRIDE, "patches", "patches_replace")
 _TIMED = range(1, 3)  # calls of a run under a layout: the first one warms up
 _FORGIVEN = 0.5  # of the time that a lane without rows was known for, at each run: then it is tried
+_DOUBT = 1.25  # a lane is left out only if it is that much too slow: times vary
 
 Executor = Callable[..., Any]
 
@@ -109,7 +110,15 @@ class Distributor:
         known = None if branch else self._known(layout)
         if known is None:
             return batch.deal(num_rows, [1.0] * layout.batch)
-        return batch.deal(num_rows, [1 / max(seconds, 1e-9) for seconds in known])
+        speeds = [1 / max(seconds, 1e-9) for seconds in known]
+        times = self._times.get(layout)
+        if times is not None and times.num_calls < _TIMED.stop:
+            return batch.deal(num_rows, speeds, leaves_out=False)
+        counts = batch.deal(num_rows, speeds)
+        doubted = [
+            speed if count else speed * _DOUBT for speed, count in zip(speeds, counts, strict=True)
+        ]
+        return batch.deal(num_rows, doubted)
 
     def _known(self, layout: Layout) -> list[float] | None:
         times = self._times.get(layout)

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from ..backends.architectures.rows import are_frames
 from ..backends.calls import CALL, ModelCall
 from ..backends.report import Section
 from ..backends.run import Run
@@ -199,7 +198,7 @@ class ParallelRun:
         assert shared is not None
         plan = shared.plan
         refusal = plan.refuse and plan.refuse(call.arguments, call.options) if plan else None
-        num_rows = 1 if are_frames(call.arguments) else batch.rows(call.arguments) or 1
+        num_rows = batch.rows(call.arguments) or 1
         if self.pair is not None:
             layout = self.pair[0]
             if layout.ranks > 1 and refusal:

@@ -188,7 +188,9 @@ def _divided_memory(
         is_free = num_rows > at_least > 0 and own_rows(num_rows) <= own_rows(at_least)
         if is_free and state.counts.shared and not state.counts.local:
             return 0
-        return whole(input_shape, *args, **kwargs) * state.share_of(num_rows) + plus
+        is_alone = state.counts.local > state.counts.shared  # whatever the layout says
+        share = 1.0 if is_alone else state.share_of(num_rows)
+        return whole(input_shape, *args, **kwargs) * share + plus
 
     before = model.__dict__.get("memory_required")
     model.memory_required = memory_required

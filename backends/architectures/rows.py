@@ -3,8 +3,7 @@
 All others do with a row what they do with it alone: tests/host/test_parallel_batch.py compares.
 """
 
-from collections.abc import Mapping
-from typing import Any
+import torch
 
 _HALVES = "it exchanges the halves of a batch"
 _KEEPS = "it keeps keys and values of the whole batch between calls"
@@ -21,11 +20,11 @@ REFUSED = {
 }
 _ONE_ROW = {"MiniMaxH3Model": "MiniMax-H3"}  # these take a batch of one only
 
-# Arguments that say what the rows are: Stable Video Diffusion's are the frames of one video.
-_FRAMES = "num_video_frames"
+# Modules of a U-Net that mix rows: Stable Video Diffusion's are the frames of one video.
+_OVER_FRAMES = ("VideoResBlock", "SpatialVideoTransformer")
 
 
-def why_whole(network: object) -> str | None:
+def why_whole(network: torch.nn.Module) -> str | None:
     """The sentence for a network whose batch cannot be shared, or None."""
     name = type(network).__name__
     if name in _ONE_ROW:
@@ -34,9 +33,6 @@ def why_whole(network: object) -> str | None:
         )
     if name in REFUSED:
         return f"A batch of {name} cannot be shared ({REFUSED[name]})."
+    if any(type(module).__name__ in _OVER_FRAMES for module in network.modules()):
+        return f"A batch of {name} cannot be shared (its rows are the frames of one video)."
     return None
-
-
-def are_frames(arguments: Mapping[str, Any]) -> bool:
-    """Whether the rows of this call depend on each other as frames of one video."""
-    return arguments.get(_FRAMES) is not None

@@ -13,9 +13,8 @@ import pytest
 import shared_calls
 import tiny
 import torch
-from patience import patience
 from slipstream.backends.architectures import find, whole_sequence
-from slipstream.backends.architectures.rows import are_frames, why_whole
+from slipstream.backends.architectures.rows import why_whole
 from slipstream.backends.cache.apply import apply_cache
 from slipstream.backends.cache.config import CacheConfig
 from slipstream.backends.run import run_log
@@ -86,13 +85,16 @@ def difference(a, b):
 
 
 def assert_rows_shared(model, family, *, lanes=2, local=0, devices=TWO, images=2, **sampling):
-    """A run agrees with one device, over so many lanes; the report of it."""
+    """A run agrees with one device, over so many lanes; the report of it.
+
+    Guidance multiplies the rounding of both prompts: 1e-6 of a call is more in a run at cfg 7.
+    """
     sampling = {"steps": 3, "shape": shape_of(family, images), **sampling}
     expected = tiny.sample(model, family, **sampling)
     shared = patched(model, devices)
     out = tiny.sample(shared, family, **sampling)
     found = report(shared)
-    assert difference(out, expected) <= LIMIT
+    assert difference(out, expected) <= LIMIT * max(1.0, sampling.get("cfg", 2.0) / 2)
     assert found["calls_local"] == local, found["reasons"]
     assert found["batch"] == lanes, found["layout"]
     assert found["calls_distributed"] > 0
@@ -231,12 +233,15 @@ def test_refused_names_are_comfyuis():
 
 
 def test_frames_of_stable_video_diffusion_are_no_rows():
-    import inspect
+    import comfy.supported_models
 
-    import comfy.model_base
-
-    assert "num_video_frames" in inspect.getsource(comfy.model_base.SVD_img2vid)
-    assert are_frames({"x": 0, "num_video_frames": 14})
+    unet = dict(comfy.supported_models.SVD_img2vid.unet_config)
+    sizes = {**tiny.ALL["sd15"].unet(1), **unet, "model_channels": 64, "channel_mult": (1, 1)}
+    sizes |= {"use_temporal_resblock": True, "extra_ff_mix_layer": True, "merge_factor": 0.5}
+    sizes |= {"num_classes": "sequential", "context_dim": 64, "merge_strategy": "learned"}
+    sizes |= {"transformer_depth": [1, 1], "video_kernel_size": [3, 1, 1]}
+    network = tiny.in_memory(comfy.supported_models.SVD_img2vid, sizes).model.diffusion_model
+    assert "its rows are the frames of one video" in why_whole(network)
 
 
 # --- runs of KSampler
@@ -550,31 +555,30 @@ def test_a_lane_that_dies_in_a_call_gives_a_sentence():
     assert difference(tiny.sample(shared, "sd15", **sampling), expected) <= LIMIT
 
 
-def test_a_cancel_ends_what_the_other_lanes_compute():
+def test_a_cancel_ends_what_the_other_lanes_compute(monkeypatch):
     """They exchange nothing: only a word from this process ends them before their rows are done."""
     import comfy.model_management as management
 
-    model = tiny.load("sd15")
-    shape = (6, 4, 48, 48)
-    shared = patched(model)
-    started = time.monotonic()
-    tiny.sample(shared, "sd15", shape=shape, steps=1, cfg=1.0)
-    alone = pool().workers[0]
+    monkeypatch.setattr(Distributor, "deal", lambda self, layout, rows, branch=0: [1, rows - 1])
+    shared = patched(tiny.load("sd15"))
+    sampling = {"shape": (5, 4, 24, 24), "steps": 1, "cfg": 1.0}
+    for _ in range(2):  # workers start in the first run
+        started = time.monotonic()
+        tiny.sample(shared, "sd15", **sampling)
+        call_s = time.monotonic() - started
     kept = [worker.handle.pid for worker in pool().workers]
-    call_s = time.monotonic() - started
-    network = shared.model.diffusion_model
 
     def cancel(module, args):
         management.interrupt_current_processing()
 
-    handle = network.register_forward_pre_hook(cancel)
+    handle = shared.model.diffusion_model.register_forward_pre_hook(cancel)
     started = time.monotonic()
     try:
         with pytest.raises(management.InterruptProcessingException):
-            tiny.sample(shared, "sd15", shape=shape, steps=1, cfg=1.0)
+            tiny.sample(shared, "sd15", **sampling)
     finally:
         handle.remove()
-    assert time.monotonic() - started < max(call_s, 3) * patience()
+    assert time.monotonic() - started < 0.8 * call_s
     assert [worker.handle.pid for worker in pool().workers] == kept
-    assert alone.is_alive
-    assert_rows_shared(model, "sd15")
+    tiny.sample(shared, "sd15", **sampling)
+    assert report(shared)["calls_local"] == 0

@@ -9,6 +9,7 @@ import hashlib
 import logging
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ FOLDER = "slipstream_cache"
 SMALLEST_BYTES = 200_000_000  # of a source: less is unpacked within a second
 KEPT_FREE_BYTES = 20_000_000_000  # on the disk, or a tenth of it if that is less
 OFF = "off by the widget keep_unpacked"
+_SEALING = "slipstream-svdquant-copy"
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def find_or_make(
     verb, problem, found = "opened from its", "", None
     if copy is None:
         verb, problem = "made a", _make(folder, path, made_from, checkpoint, unpack)
-        copy = None if problem else _checked(path, made_from)
+        copy = None if problem else _checked(path, made_from, is_known_whole=True)
     if copy is not None:
         try:
             found = _mapped(copy, dtype)
@@ -95,12 +97,12 @@ def copy_name(source: Path, dtype: torch.dtype) -> str:
     )
 
 
-def _checked(path: Path, made_from: str) -> repacked.Copy | None:
+def _checked(path: Path, made_from: str, *, is_known_whole: bool = False) -> repacked.Copy | None:
     """A copy that may be used; None, with a line in the log, if there is none."""
     if not path.is_file():
         return None
     try:
-        return repacked.open_copy(path, made_from)
+        return repacked.open_copy(path, made_from, is_known_whole=is_known_whole)
     except repacked.DamagedError as error:
         log.info("SVDQuant: %s is made again: %s", path.name, error)
         return None
@@ -147,13 +149,37 @@ def _make(
                         source=first_source(checkpoint),
                         made_from=made_from,
                     )
-                repacked.seal(part, sealed)
                 part.replace(path)
+                _seal_later(path, sealed)
             finally:
                 part.unlink(missing_ok=True)
     except OSError as error:
         return f"{folder} cannot be written ({error.strerror or error})"
     return ""
+
+
+def _seal_later(path: Path, sealed: int) -> None:
+    """Wait for the disk beside the load: 13 GB take half a minute where 400 MB go a second.
+
+    If this process ends before, the next load compares the checksums.
+    """
+
+    def seal() -> None:
+        try:
+            repacked.seal(path, sealed)
+        except OSError as error:
+            log.warning("SVDQuant: %s did not come to the disk: %s", path.name, error)
+            path.unlink(missing_ok=True)
+
+    thread = threading.Thread(target=seal, name=_SEALING, daemon=True)
+    thread.start()
+
+
+def settle() -> None:
+    """Wait until copies that this process has written are on the disk."""
+    for thread in threading.enumerate():
+        if thread.name == _SEALING:
+            thread.join()
 
 
 def _no_room(folder: Path, path: Path, checkpoint: Checkpoint) -> str:

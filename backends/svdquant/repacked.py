@@ -4,9 +4,9 @@ Tensors have ComfyUI's names. A quantised weight is one uint8 tensor, its buffer
 in the metadata; every tensor starts at a multiple of ALIGNMENT (tensors named GAP fill what is
 between). A copy belongs to one source, compute dtype and state of the code that unpacks.
 
-Whether a copy is whole: it is written under another name, synced, then renamed, and its file date
-is set to one that the file itself states. While the date is that one, nothing has written to the
-file since, and only header and size are checked; else the checksums of all tensors are.
+Whether a copy is whole: it is written under another name and renamed; once it is on the disk, its
+file date is set to one that the file itself states. While the date is that one, nothing has written
+to the file since, and only header and size are checked; else the checksums of all tensors are.
 """
 
 import ast
@@ -124,7 +124,7 @@ def write(
     source: Path,
     made_from: str,
 ) -> int:
-    """Write a copy into an empty file and sync it; the date that it has to get (seal).
+    """Write a copy into an empty file; the date that it has to get once it is on the disk (seal).
 
     num_tensors: about how many the source has, for the room of the header. A thread writes while
     the next tensor is unpacked; a few are in memory at a time. Raises OSError if the disk is full.
@@ -178,7 +178,6 @@ def write(
     file.seek(0)
     file.write(struct.pack("<Q", base) + text.ljust(base))
     file.flush()
-    os.fsync(file.fileno())
     return sealed
 
 
@@ -191,7 +190,9 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
 
 
 def seal(path: Path, sealed: int) -> None:
-    """Give a copy that is known to be whole its date."""
+    """Bring a copy that is known to be whole to the disk, which may take long; give it its date."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
     os.utime(path, ns=(sealed * 10**9, sealed * 10**9))
 
 
@@ -213,14 +214,17 @@ class Copy:
     layers: dict[str, Layer]
 
 
-def open_copy(path: Path, made_from: str) -> Copy:
-    """The checked copy. Raises DamagedError for one of another source or code, or a damaged one."""
+def open_copy(path: Path, made_from: str, *, is_known_whole: bool = False) -> Copy:
+    """The checked copy. Raises DamagedError for one of another source or code, or a damaged one.
+
+    is_known_whole: this process has written it just now.
+    """
     try:
         header = read_header(path)
         info = header.json(INFO)
         if info.get("version") != VERSION or info.get("made_from") != made_from:
             raise DamagedError("it was made from another file, or by another version")
-        if path.stat().st_mtime_ns != info["sealed"] * 10**9:
+        if not is_known_whole and path.stat().st_mtime_ns != info["sealed"] * 10**9:
             _verify(header, info["checksums"])
             seal(path, info["sealed"])
         names = tuple(name for name in header.tensors if not name.startswith(GAP))

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import comfy_home
@@ -13,7 +14,7 @@ import pytest
 import svdquant_models
 import torch
 from slipstream.backends import run as runs
-from slipstream.backends.svdquant import host, host_cache
+from slipstream.backends.svdquant import host, host_cache, repacked
 from slipstream.backends.svdquant.host import load_svdquant, notice_of
 from slipstream.backends.svdquant.host_patcher import quantised_layers
 from slipstream.bench import svdquant_cache, svdquant_load
@@ -86,6 +87,7 @@ def test_a_step_is_the_same_without_with_a_new_and_with_an_old_copy(source, fold
         f"made a {size / 1e6:.1f} MB copy for fast loading in slipstream_cache; "
         "off by the widget keep_unpacked"
     )
+    host_cache.settle()
     stamp = (folder / name).stat()
     second = load(source)
     assert notice_of(second) == (
@@ -135,6 +137,33 @@ def test_full_and_low_vram_loads_and_deep_copies_are_alike(source, folder):
     assert torch.equal(loaded_flux_output(low), wanted)
     deep = load(source).clone(force_deepcopy=True)
     assert torch.equal(loaded_flux_output(deep), wanted)
+
+
+def test_a_load_does_not_wait_for_the_disk(source, folder, monkeypatch):
+    """A copy gets its date when it is on the disk; a disk that fails takes the copy with it."""
+    disk, seal = threading.Event(), repacked.seal
+
+    def slow(path, sealed):
+        assert disk.wait(60)
+        seal(path, sealed)
+
+    monkeypatch.setattr(repacked, "seal", slow)
+    wanted = sample(load(source), "flux")
+    (path,) = folder.glob("*.safetensors")
+    sealed = repacked.read_info(path)["sealed"] * 10**9
+    assert path.stat().st_mtime_ns != sealed
+    disk.set()
+    host_cache.settle()
+    assert path.stat().st_mtime_ns == sealed
+    path.unlink()
+
+    def broken(path, sealed):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(repacked, "seal", broken)
+    assert torch.equal(sample(load(source), "flux"), wanted)
+    host_cache.settle()
+    assert not copies(folder)
 
 
 def test_a_copy_per_dtype_in_memory(source, folder):

@@ -20,6 +20,7 @@ def four_bit_bytes(network: torch.nn.Module) -> int | None:
     """Bytes of weights in such a file, on the device; None where we cannot convert the model, or
     where it is quantised already."""
     names = {name for name, _ in network.named_modules()}
+    names |= {name for name, _ in network.named_parameters()}
     family = next((one for one in FAMILIES if one.matches_native(names)), None)
     if family is None:
         return None

@@ -25,7 +25,7 @@ class Named(torch.nn.Module):
 
 
 def flux(width=3072, num_double=19, num_single=38, **options):
-    linears = {"img_in": (width, 64)}
+    linears = {"img_in": (width, 64), "txt_in": (width, 4096)}
     for at in range(num_double):
         for stream in ("img", "txt"):
             stem = f"double_blocks.{at}.{stream}"
@@ -46,6 +46,17 @@ def test_flux_shrinks_to_a_quarter_and_its_branches():
     total = sum(weight.nbytes for weight in network.parameters())
     assert total == pytest.approx(23.7e9, rel=0.01)
     assert total / four_bit_bytes(network) == pytest.approx(3.6, rel=0.02)
+
+
+def test_a_model_known_by_a_parameter_is_one_that_we_can_convert():
+    """Z-Image is told from Lumina 2 by its padding tokens."""
+    linears = {"attention.qkv": (768, 256), "attention.out": (256, 256)}
+    linears |= {"feed_forward.w1": (1024, 256), "feed_forward.w3": (1024, 256)}
+    linears["feed_forward.w2"] = (256, 1024)
+    network = Named({f"layers.0.{name}": shape for name, shape in linears.items()})
+    assert four_bit_bytes(network) is None
+    network.cap_pad_token = torch.nn.Parameter(torch.empty(1, 256, device="meta"))
+    assert four_bit_bytes(network) is not None
 
 
 def test_a_layer_counts_codes_scales_smoothing_and_branches():

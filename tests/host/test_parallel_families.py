@@ -224,7 +224,8 @@ def test_the_benchmarks_ceiling_computes_what_ranks_do():
     network = plain("wan").network
     subject = Subject({}, 48, 32, 9)
     x = torch.zeros(1, network.in_dim, 3, 4, 6)
-    inputs = (x, torch.tensor([500.0]), torch.zeros(1, 2, network.text_dim))
+    context = torch.zeros(1, 2, network.text_dim)
+    inputs = {"x": x, "timestep": torch.tensor([500.0]), "context": context}
     lengths = []
     handle = network.blocks[0].ffn.register_forward_pre_hook(
         lambda module, args: lengths.append(args[0].shape[1])

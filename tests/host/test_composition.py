@@ -212,8 +212,8 @@ def assert_composes(technique, family, run):
         assert found["blocks_skipped"] > 0
     elif technique == "parallel":
         assert found["calls_distributed"] > 0
-        # prompts of one call are rows, computed in matrices of other shapes, and a guider multiplies
-        # the rounding: 2.3e-6 under DualCFGGuider
+        # prompts of one call are rows, computed in matrices of other shapes, and a guider
+        # multiplies the rounding: 2.3e-6 under DualCFGGuider
         assert relative(out, expected) <= 2 * EQUAL
     else:
         assert relative(out, expected) <= (0 if technique == "offload" else EQUAL)

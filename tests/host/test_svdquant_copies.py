@@ -427,6 +427,7 @@ def test_a_copy_that_windows_holds_is_said(source, folder, monkeypatch):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.full
 def test_a_wide_file_loads_from_its_copy_in_a_fraction_and_nothing_private(tmp_path, capsys):
     """python bench svdquant_load with one block: the ratios that 60 blocks are measured for."""
     source, folder = tmp_path / "files", tmp_path / "out"

@@ -10,7 +10,10 @@ from pack_nodes import node_ids
 from smoke_prompt import digest, flux_prompt
 
 NODE_IDS = node_ids()
-TEST_NODES = {f"SlipstreamTest{name}" for name in ("Conditioning", "Digest", "Fault", "Model")}
+TEST_NODES = {
+    f"SlipstreamTest{name}"
+    for name in ("Clip", "Conditioning", "DemoClip", "Digest", "Fault", "Model")
+}
 
 
 def test_pack_loads_and_lists_its_nodes(server):

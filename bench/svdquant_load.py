@@ -102,6 +102,8 @@ def write_file(path: Path, num_blocks: int) -> None:
         for entry in header.values():
             start, end = entry["data_offsets"]
             file.write((halves if entry["dtype"] == "BF16" else codes)[: end - start])
+        file.flush()
+        os.fsync(file.fileno())  # a user's file lies on the disk; writing it is not the load's time
 
 
 def private_bytes() -> int:
